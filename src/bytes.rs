@@ -24,7 +24,8 @@ pub trait ReadAt: Send + Sync {
 
 /// Appends that become visible together.
 ///
-/// The story is `append`* → `sync` → `publish`. A sink that is dropped before `publish` leaves nothing behind.
+/// The story is `append`* → `sync` → `publish`. A sink that is dropped before `publish` leaves nothing behind that
+/// could be taken for the whole.
 pub trait Sink: Send {
     /// Appends all of `bytes`.
     ///

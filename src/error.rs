@@ -50,6 +50,11 @@ pub trait Blame: std::error::Error + Send + Sync + 'static {
     fn at(&self) -> Option<String> {
         None
     }
+
+    /// What else there is to know, a line each: QEMU's own words, every reason of a refusal.
+    fn facts(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Any error of this library.
@@ -67,6 +72,11 @@ impl Error {
     /// The place, if there is one.
     pub fn at(&self) -> Option<String> {
         self.0.at()
+    }
+
+    /// What else there is to know, a line each.
+    pub fn facts(&self) -> Vec<String> {
+        self.0.facts()
     }
 
     /// The causes, nearest first.

@@ -1,1 +1,34 @@
-//! (being written)
+//! QEMU's migration stream ⇄ events.
+//!
+//! In go the bytes that QEMU 5 to 10 writes when it migrates a guest to a file; out come page records, the list of
+//! RAMBlocks and of device sections. Pure: no file, no thread. `spec/qemu-stream.md` is what it relies on.
+//!
+//! | file | what it is for |
+//! |---|---|
+//! | [`wire`] | QEMU's numbers under QEMU's names |
+//! | [`parser`] | bytes → elements, one after the other |
+//! | `ram`, `page_set` | the records of the `ram` section; which pages came |
+//! | `device_state`, `device_walk`, `footer_search` | the device sections: with their description and without |
+//! | `vmdescription` | the JSON that tells how long they are |
+//! | `section` | the header and the footer of every section |
+//! | [`error`] | what can be wrong with a stream |
+//! | `cursor` | big-endian integers and names, read forward |
+
+mod cursor;
+mod device_state;
+mod device_walk;
+pub mod error;
+mod footer_search;
+mod page_set;
+pub mod parser;
+mod ram;
+#[cfg(test)]
+mod sample;
+mod section;
+mod vmdescription;
+pub mod wire;
+
+pub use device_state::{DeviceSection, VmDescription};
+pub use error::{Place, StreamError};
+pub use parser::{Element, Event, Parser, StreamSummary, is_stream_start};
+pub use ram::RamBlock;
