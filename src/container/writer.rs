@@ -1,0 +1,431 @@
+//! Appends an image to a sink: chunks, then sections, then directory and footer.
+//!
+//! Nothing is kept but 64 bytes a chunk and the directory. The order is fixed: `HEAD` (layout `zstd`), chunks, `XML `,
+//! `MANI`, `CHNK`, `PMAP`, `SIGN`, `DIR `, `FOOT`. To sync and to publish is left to the sink's owner.
+//!
+//! Source: spec/container.md.
+
+use crate::bytes::Sink;
+use crate::digest::Digest;
+use crate::units::{ChunkIndex, FileOffset, StreamOffset};
+
+use super::Identity;
+use super::chunk_table::{
+    ChunkEntry, ChunkKind, PageDigests, TableHead, max_stored_len, page_count, root,
+};
+use super::directory::{DirectoryEntry, check_entries, directory_payload, live_digest};
+use super::error::ContainerError;
+use super::footer::{Footer, image_digest};
+use super::head::{Head, head_payload};
+use super::layout::{CHUNK_ENTRY_LEN, Layout, MAX_MAX_CHUNK_LEN, SectionType};
+use super::section::SectionWriter;
+use super::signature::statement;
+
+/// A chunk ready to be stored.
+#[derive(Debug, Clone, Copy)]
+pub struct StoredChunk<'a> {
+    /// What goes into the file: one zstd frame, or the raw bytes.
+    pub stored: &'a [u8],
+    /// Bytes of the stream it holds.
+    pub raw_len: u32,
+    /// CRC-32C of `stored`.
+    pub stored_crc: u32,
+    /// SHA-256 of the raw bytes.
+    pub raw_digest: Digest,
+    /// Whether `stored` is a frame.
+    pub kind: ChunkKind,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Finished {
+    /// Names the saved guest.
+    pub image_digest: Digest,
+    /// 1 for a fresh image.
+    pub generation: u32,
+    /// Bytes of the file.
+    pub file_len: u64,
+    /// Bytes of the stream.
+    pub stream_len: u64,
+    /// Bytes of payload in the file.
+    pub stored_len: u64,
+    /// Number of chunks.
+    pub chunk_count: u64,
+}
+
+/// Writes a fresh image.
+pub struct ImageWriter<'s> {
+    out: SectionAppender<'s>,
+    layout: Layout,
+    identity: Identity,
+    max_chunk_len: u32,
+    payload_offset: u64,
+    payload_end: u64,
+    /// As they go into the table.
+    entries: Vec<[u8; CHUNK_ENTRY_LEN]>,
+    pages: PageDigests,
+    stream_len: u64,
+    table: Option<(TableHead, Vec<Digest>)>,
+}
+
+impl std::fmt::Debug for ImageWriter<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("ImageWriter");
+        shown
+            .field("layout", &self.layout)
+            .field("position", &self.out.position)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'s> ImageWriter<'s> {
+    /// Begins an image at the sink's start, which must be empty. `head` is used by layout `zstd` only.
+    ///
+    /// # Errors
+    /// [`ContainerError::WrongField`] or [`ContainerError::TooLarge`] if `max_chunk_len` or `head` is too large.
+    pub fn begin(
+        sink: &'s mut dyn Sink,
+        layout: Layout,
+        identity: Identity,
+        max_chunk_len: u32,
+        head: Head<'_>,
+    ) -> Result<Self, ContainerError> {
+        if max_chunk_len > MAX_MAX_CHUNK_LEN {
+            let (section, at, found) =
+                (SectionType::ChunkTable, FileOffset(0), max_chunk_len.into());
+            return Err(ContainerError::WrongField {
+                section,
+                field: "MAX_CHUNK_LEN",
+                at,
+                found,
+            });
+        }
+        let guest_uuid = identity.guest_uuid.filter(|uuid| !uuid.is_nil());
+        let identity = Identity {
+            guest_uuid,
+            ..identity
+        };
+        let mut out = SectionAppender {
+            sink,
+            position: 0,
+            generation: 1,
+            directory: Vec::new(),
+        };
+        if layout == Layout::Zstd {
+            out.append(
+                SectionType::Head,
+                &head_payload(identity, max_chunk_len, head)?,
+            )?;
+        }
+        let payload_offset = out.position;
+        let (entries, pages, stream_len, table) = (Vec::new(), PageDigests::default(), 0, None);
+        Ok(ImageWriter {
+            out,
+            layout,
+            identity,
+            max_chunk_len,
+            payload_offset,
+            payload_end: payload_offset,
+            entries,
+            pages,
+            stream_len,
+            table,
+        })
+    }
+
+    /// Appends the next chunk of the stream.
+    ///
+    /// # Errors
+    /// [`ContainerError::ChunkNotAllowed`] if its kind or a length breaks the rules, or sections were already appended.
+    pub fn append_chunk(&mut self, chunk: &StoredChunk<'_>) -> Result<ChunkIndex, ContainerError> {
+        let index = ChunkIndex(self.entries.len() as u64);
+        let refused = ContainerError::ChunkNotAllowed {
+            layout: self.layout,
+            chunk: index,
+        };
+        let Some(stored_len) = self.allowed_stored_len(chunk) else {
+            return Err(refused);
+        };
+        let entry = ChunkEntry {
+            index,
+            stored_offset: FileOffset(self.out.position),
+            stream_offset: StreamOffset(self.stream_len),
+            stored_len,
+            raw_len: chunk.raw_len,
+            kind: chunk.kind,
+            stored_crc: chunk.stored_crc,
+            raw_digest: chunk.raw_digest,
+        };
+        self.out.append_payload(chunk.stored)?;
+        self.stream_len += u64::from(chunk.raw_len);
+        self.pages.push(entry.raw_len, &entry.raw_digest);
+        self.entries.push(entry.write());
+        Ok(index)
+    }
+
+    /// The stored length, if this chunk may be appended now.
+    fn allowed_stored_len(&self, chunk: &StoredChunk<'_>) -> Option<u32> {
+        let stored_len = u32::try_from(chunk.stored.len()).ok()?;
+        let is_length_right = match chunk.kind {
+            ChunkKind::Plain => stored_len == chunk.raw_len,
+            ChunkKind::Zstd => {
+                (1..=max_stored_len(chunk.raw_len.into())).contains(&stored_len.into())
+            }
+        };
+        let is_allowed = self.table.is_none()
+            && chunk.kind == ChunkKind::of(self.layout)
+            && (1..=self.max_chunk_len).contains(&chunk.raw_len)
+            && is_length_right;
+        is_allowed.then_some(stored_len)
+    }
+
+    /// Appends `len` zero bytes to the payload that belong to no chunk; layout `mapped` only.
+    ///
+    /// # Errors
+    /// [`ContainerError::ChunkNotAllowed`] in other layouts or behind the last chunk's end.
+    pub fn append_zeros(&mut self, len: u64) -> Result<(), ContainerError> {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        if self.layout != Layout::Mapped || self.table.is_some() {
+            let chunk = ChunkIndex(self.entries.len() as u64);
+            return Err(ContainerError::ChunkNotAllowed {
+                layout: self.layout,
+                chunk,
+            });
+        }
+        let mut left = len;
+        while left > 0 {
+            let piece = usize::try_from(left)
+                .unwrap_or(ZEROS.len())
+                .min(ZEROS.len());
+            self.out.append_payload(&ZEROS[..piece])?;
+            left -= piece as u64;
+        }
+        Ok(())
+    }
+
+    /// Bytes appended so far.
+    pub fn position(&self) -> u64 {
+        self.out.position
+    }
+
+    /// Ends the payload; the image digest is known from here on. Sections call it by themselves.
+    ///
+    /// # Errors
+    /// [`ContainerError::NoSuchChunk`] if there is no chunk; [`ContainerError::Full`] if there are too many.
+    pub fn finish_chunks(&mut self) -> Result<Digest, ContainerError> {
+        if self.table.is_none() {
+            if self.entries.is_empty() {
+                return Err(ContainerError::NoSuchChunk {
+                    chunk: ChunkIndex(0),
+                    chunk_count: 0,
+                });
+            }
+            let digests = std::mem::take(&mut self.pages).finish();
+            let chunk_count = self.entries.len() as u64;
+            let head = TableHead {
+                chunk_count,
+                table_page_count: u32::try_from(page_count(chunk_count))
+                    .map_err(|_| ContainerError::Full)?,
+                max_chunk_len: self.max_chunk_len,
+                stream_len: self.stream_len,
+                root: root(&digests),
+            };
+            self.table = Some((head, digests));
+            self.payload_end = self.out.position;
+        }
+        self.image_digest().ok_or(ContainerError::Full)
+    }
+
+    /// Names the saved guest; `None` before [`ImageWriter::finish_chunks`].
+    pub fn image_digest(&self) -> Option<Digest> {
+        let (head, _) = self.table.as_ref()?;
+        Some(image_digest(
+            self.identity.guest_uuid,
+            head.chunk_count,
+            head.stream_len,
+            head.root,
+        ))
+    }
+
+    /// Appends a section: `XML ` and `MANI` once each, then at most one `PMAP`, then any number of `SIGN` or of types
+    /// this format does not name. `CHNK` is written before the first of those by itself.
+    ///
+    /// # Errors
+    /// [`ContainerError::SectionNotAllowed`] if the type is written by others or comes too early, too late or twice.
+    pub fn append_section(
+        &mut self,
+        section: SectionType,
+        payload: &[u8],
+    ) -> Result<(), ContainerError> {
+        self.finish_chunks()?;
+        let is_once = !matches!(section, SectionType::Signature | SectionType::Other(_));
+        let is_there = self.out.has(section);
+        match section {
+            SectionType::Xml | SectionType::Manifest if !self.out.has(SectionType::ChunkTable) => {}
+            SectionType::PageMap | SectionType::Signature | SectionType::Other(_) => {
+                self.append_table()?
+            }
+            _ => return Err(ContainerError::SectionNotAllowed { section }),
+        }
+        if is_once && is_there {
+            return Err(ContainerError::SectionNotAllowed { section });
+        }
+        self.out.append(section, payload)
+    }
+
+    /// Appends `CHNK`, if it is not there yet.
+    fn append_table(&mut self) -> Result<(), ContainerError> {
+        self.finish_chunks()?;
+        let section = SectionType::ChunkTable;
+        let Some((head, digests)) = self.table.as_ref().filter(|_| !self.out.has(section)) else {
+            return Ok(());
+        };
+        let payload_len = head.payload_len().ok_or(ContainerError::Full)?;
+        let generation = self.out.generation;
+        let mut writer =
+            SectionWriter::begin(&mut *self.out.sink, self.out.position, section, payload_len)?;
+        writer.write(&head.write())?;
+        for page in digests {
+            writer.write(&page.0)?;
+        }
+        for entries in self.entries.chunks(1024) {
+            writer.write(entries.as_flattened())?;
+        }
+        let entry = writer.finish(generation)?;
+        self.out.took(entry);
+        Ok(())
+    }
+
+    /// What a signature of this image has to sign; asked for when all sections but `SIGN` are appended.
+    ///
+    /// # Errors
+    /// [`ContainerError::Write`]: `CHNK` is written first if it is not there yet.
+    pub fn statement(&mut self) -> Result<String, ContainerError> {
+        self.append_table()?;
+        let image_digest = self.finish_chunks()?;
+        Ok(statement(
+            self.identity.image_uuid,
+            image_digest,
+            live_digest(&self.out.directory),
+        ))
+    }
+
+    /// Writes what is missing of `CHNK`, `DIR ` and `FOOT`. Does not sync and does not publish.
+    ///
+    /// # Errors
+    /// [`ContainerError::WrongCount`] if there is no XML or no manifest.
+    pub fn finish(mut self) -> Result<Finished, ContainerError> {
+        self.append_table()?;
+        let image_digest = self.finish_chunks()?;
+        let payload_len = self.payload_end - self.payload_offset;
+        let footer = Footer {
+            layout: self.layout,
+            identity: self.identity,
+            readonly_compatible: 0,
+            compatible: 0,
+            generation: 1,
+            payload_offset: FileOffset(self.payload_offset),
+            payload_len,
+            stream_len: self.stream_len,
+            directory_offset: FileOffset(0),
+            directory_len: 0,
+            directory_sha256: Digest::default(),
+            image_digest,
+            self_offset: FileOffset(0),
+            previous_footer_offset: FileOffset(0),
+        };
+        let chunk_count = self.entries.len() as u64;
+        self.out.seal(footer, chunk_count)
+    }
+}
+
+/// Appends sections to a sink and keeps the directory.
+pub(super) struct SectionAppender<'s> {
+    pub(super) sink: &'s mut dyn Sink,
+    /// The file offset at which the sink appends.
+    pub(super) position: u64,
+    pub(super) generation: u32,
+    pub(super) directory: Vec<DirectoryEntry>,
+}
+
+impl SectionAppender<'_> {
+    /// Appends one whole section.
+    pub(super) fn append(
+        &mut self,
+        section: SectionType,
+        payload: &[u8],
+    ) -> Result<(), ContainerError> {
+        let mut writer = SectionWriter::begin(
+            &mut *self.sink,
+            self.position,
+            section,
+            payload.len() as u64,
+        )?;
+        writer.write(payload)?;
+        let entry = writer.finish(self.generation)?;
+        self.took(entry);
+        Ok(())
+    }
+
+    /// Appends bytes that are no section.
+    fn append_payload(&mut self, bytes: &[u8]) -> Result<(), ContainerError> {
+        let at = FileOffset(self.position);
+        self.sink
+            .append(bytes)
+            .map_err(|source| ContainerError::Write { at, source })?;
+        self.position += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Notes a section that was just appended.
+    fn took(&mut self, entry: DirectoryEntry) {
+        self.position += entry.length;
+        self.directory.push(entry);
+    }
+
+    /// Whether a live section of this type is there.
+    pub(super) fn has(&self, section: SectionType) -> bool {
+        self.directory
+            .iter()
+            .any(|entry| entry.is_live && entry.section == section)
+    }
+
+    /// Appends directory and footer. `footer` says everything but where they are.
+    pub(super) fn seal(
+        mut self,
+        footer: Footer,
+        chunk_count: u64,
+    ) -> Result<Finished, ContainerError> {
+        let listed = std::mem::take(&mut self.directory);
+        let payload = directory_payload(&listed)?;
+        let directory_offset = FileOffset(self.position);
+        let directory_len = payload.len() as u64 + super::section::OVERHEAD;
+        let self_offset = FileOffset(self.position + directory_len);
+        let footer = Footer {
+            directory_offset,
+            directory_len,
+            self_offset,
+            ..footer
+        };
+        check_entries(&listed, &footer)?;
+        self.append(SectionType::Directory, &payload)?;
+        let directory_sha256 = self
+            .directory
+            .last()
+            .map(|entry| entry.sha256)
+            .unwrap_or_default();
+        let footer = Footer {
+            directory_sha256,
+            ..footer
+        };
+        self.append(SectionType::Footer, &footer.payload())?;
+        Ok(Finished {
+            image_digest: footer.image_digest,
+            generation: footer.generation,
+            file_len: self.position,
+            stream_len: footer.stream_len,
+            stored_len: footer.payload_len,
+            chunk_count,
+        })
+    }
+}
