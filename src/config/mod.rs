@@ -1,1 +1,34 @@
-//! (being written)
+//! The virtual machine as data.
+//!
+//! In: the argument vector of a QEMU process, what QMP said about it, facts about a host. Out: the arguments that bring
+//! the guest back, the table of the host resources it uses, its libvirt domain XML, and every reason why a host cannot
+//! run it. Pure: no file, process, clock or environment is touched here.
+//!
+//! | file | what it is for |
+//! |---|---|
+//! | [`arguments`] [`properties`] | an argument vector ⇄ a typed sequence that loses nothing |
+//! | [`resources`] [`paths`] | the host resources in it, corrected by QMP; every path it names |
+//! | [`foreign`] | what of them reaches beyond the guest |
+//! | [`remap`] | other backends for those resources |
+//! | [`restore_arguments`](mod@restore_arguments) | kept arguments → restore arguments |
+//! | [`domain_xml`](mod@domain_xml) | arguments → libvirt domain XML; the name and UUID in somebody's XML |
+//! | [`compat`] | (guest, host) → every reason it cannot run |
+
+pub mod arguments;
+pub mod compat;
+pub mod domain_xml;
+pub mod foreign;
+pub mod paths;
+pub mod properties;
+pub mod remap;
+pub mod resources;
+pub mod restore_arguments;
+
+mod error;
+
+pub use arguments::{Argument, Arguments};
+pub use domain_xml::{DomainFacts, Identity, domain_xml, read_identity};
+pub use error::{ConfigError, Reason};
+pub use remap::Remap;
+pub use resources::{Resource, ResourceKind, ResourceTable};
+pub use restore_arguments::{RestoreContext, restore_arguments};

@@ -1,0 +1,147 @@
+//! What can be wrong with a configuration.
+
+use crate::error::{Blame, ErrorKind};
+
+/// What can be wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// An argument vector without any word.
+    #[error("the argument vector is empty")]
+    NoProgram,
+    /// An argument that is not UTF-8.
+    #[error("the argument vector is not UTF-8 at byte {at}")]
+    NotUtf8 {
+        /// The first byte that is not, counted from the start of the vector.
+        at: usize,
+    },
+    /// The last word is an option that needs a value.
+    #[error("option {option} has no value")]
+    MissingValue {
+        /// The option as written.
+        option: String,
+    },
+    /// The arguments cannot be restored.
+    #[error("{}", all(.reasons))]
+    Refused {
+        /// Every reason, never none.
+        reasons: Vec<Reason>,
+    },
+    /// A remap that does not follow `KIND:ID=TARGET`.
+    #[error("remap {text:?} is not {expected}")]
+    RemapSyntax {
+        /// The remap as written.
+        text: String,
+        /// The form it has to have.
+        expected: &'static str,
+    },
+    /// Domain XML that cannot be written.
+    #[error("the domain XML could not be written: {fact}")]
+    XmlNotWritten {
+        /// What the writer says.
+        fact: String,
+    },
+    /// Domain XML that cannot be read.
+    #[error("the domain XML cannot be read: {fact}")]
+    XmlNotRead {
+        /// What is wrong with it.
+        fact: String,
+        /// Byte offset in the XML.
+        at: u64,
+    },
+}
+
+/// One reason why kept arguments cannot be made into restore arguments.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Reason {
+    /// `-snapshot` or `snapshot=on`: the guest's writes live in a temporary file that ends with it.
+    #[error("{argument}: the guest's writes go to a temporary overlay that ends with QEMU")]
+    TemporaryOverlay {
+        /// The argument.
+        argument: String,
+    },
+    /// A descriptor that QEMU got from whoever started it.
+    #[error("{argument}: {property} is a descriptor that QEMU inherited")]
+    InheritedDescriptor {
+        /// The argument.
+        argument: String,
+        /// The property or option that names it.
+        property: String,
+    },
+    /// Configuration in a file beside the arguments.
+    #[error("{argument}: the file's content is not part of the arguments")]
+    ConfigurationFile {
+        /// The argument.
+        argument: String,
+    },
+    /// A remap of a resource that the guest does not have.
+    #[error("the guest has no {kind} {id:?}; it has {}", listed(.known))]
+    UnknownResource {
+        /// The kind as in the remap.
+        kind: &'static str,
+        /// The id or path prefix.
+        id: String,
+        /// The ids or paths of this kind that exist.
+        known: Vec<String>,
+    },
+    /// A remap whose target does not fit what the resource is made of.
+    #[error("{kind} {id:?} cannot become {target}: {argument}")]
+    NotRemappable {
+        /// The kind as in the remap.
+        kind: &'static str,
+        /// The resource.
+        id: String,
+        /// The target.
+        target: String,
+        /// The argument it comes from; empty if only QMP knew of it.
+        argument: String,
+    },
+}
+
+impl Reason {
+    /// A stable code for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Reason::TemporaryOverlay { .. } => "argument.temporary-overlay",
+            Reason::InheritedDescriptor { .. } => "argument.inherited-descriptor",
+            Reason::ConfigurationFile { .. } => "argument.configuration-file",
+            Reason::UnknownResource { .. } => "remap.unknown",
+            Reason::NotRemappable { .. } => "remap.impossible",
+        }
+    }
+
+    fn is_usage(&self) -> bool {
+        self.code().starts_with("remap.")
+    }
+}
+
+impl Blame for ConfigError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            ConfigError::Refused { reasons } if reasons.iter().all(Reason::is_usage) => {
+                ErrorKind::Usage
+            }
+            ConfigError::RemapSyntax { .. } => ErrorKind::Usage,
+            ConfigError::XmlNotRead { .. } => ErrorKind::Image,
+            _ => ErrorKind::Failed,
+        }
+    }
+
+    fn at(&self) -> Option<String> {
+        match self {
+            ConfigError::XmlNotRead { at, .. } => Some(format!("byte {at:#x} of the domain XML")),
+            _ => None,
+        }
+    }
+}
+
+fn all(reasons: &[Reason]) -> String {
+    let reasons: Vec<String> = reasons.iter().map(Reason::to_string).collect();
+    reasons.join("; ")
+}
+
+fn listed(known: &[String]) -> String {
+    if known.is_empty() {
+        return "none".to_owned();
+    }
+    known.join(", ")
+}
