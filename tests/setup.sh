@@ -1,0 +1,201 @@
+#!/bin/bash
+# Installs what vmstow's tests need, on Debian 12: `tests/setup.sh`; what the demo needs: `tests/setup.sh --demo`.
+#
+# System packages are installed with apt (as root). Everything else goes to target/test-assets: QEMU 7.2, which cannot
+# be installed beside QEMU 10, and a Linux guest. Running it again is quick and changes nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+assets=$PWD/target/test-assets
+apt_options=(-qq -y -o Dpkg::Use-Pty=0 -o APT::Sandbox::User=root)
+export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
+
+demo_packages=(gcc libc6-dev) # zstd is C
+test_packages=(
+    busybox-static cpio make # the Linux guest
+    nasm                     # the counter guest
+    qemu-utils               # disk images
+    zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
+    libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
+)
+
+say() { echo "setup: $*"; }
+
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+# Whether qemu-system-x86_64 is there and at least version 10.
+has_qemu_10() {
+    local version
+    version=$(qemu-system-x86_64 --version 2>/dev/null | sed -n '1s/.* version \([0-9]*\).*/\1/p')
+    [ "${version:-0}" -ge 10 ]
+}
+
+check_rust() {
+    local version
+    version=$(cargo --version 2>/dev/null | cut -d ' ' -f 2) || true
+    [ -n "$version" ] || fail "cargo is missing; install Rust 1.89 or later, for example from https://rustup.rs"
+    printf '1.89\n%s\n' "$version" | sort -CV ||
+        fail "cargo is $version; vmstow needs Rust 1.89 or later, for example from https://rustup.rs"
+}
+
+# Prints those of its arguments that are not installed.
+missing() {
+    local package
+    for package; do
+        is_installed "$package" || echo "$package"
+    done
+}
+
+check_distribution() {
+    command -v apt-get >/dev/null && grep -q 'VERSION_CODENAME=bookworm' /etc/os-release ||
+        fail "this script knows Debian 12 (bookworm) only; install by hand: QEMU 10, $*"
+}
+
+backports_are_known() { apt-cache policy 2>/dev/null | grep -q 'n=bookworm-backports'; }
+
+# Adds the backports of the mirror that bookworm itself comes from, signed by the same key.
+add_backports() {
+    local target=/etc/apt/sources.list.d/vmstow-backports
+    local old new
+    old=$(grep -hE '^deb .*\sbookworm\s+main' /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null | head -n 1) || true
+    # The paragraph of a *.sources file with the suite `bookworm` itself.
+    new=$(for file in /etc/apt/sources.list.d/*.sources; do cat "$file" 2>/dev/null; echo; done |
+        awk -v RS= '/\nSuites:([^\n]* )?bookworm( |\n|$)/ { print; exit }')
+    if [ -n "$new" ]; then
+        awk '/^#/ { next } /^Suites:/ { $0 = "Suites: bookworm-backports" } /^Components:/ { $0 = "Components: main" } { print }' \
+            <<<"$new" >"$target.sources"
+    elif [ -n "$old" ]; then
+        sed -E 's/\sbookworm\s+main.*/ bookworm-backports main/' <<<"$old" >"$target.list"
+    else
+        echo "deb http://deb.debian.org/debian bookworm-backports main" >"$target.list"
+    fi
+    say "added the package source bookworm-backports ($(echo "$target".*))"
+}
+
+# Says what root has to install, and ends. Knows $needs_qemu of its caller.
+ask_for_packages() {
+    echo "setup: not root, so nothing was installed; run this as root, then this script once more:"
+    if [ "$needs_qemu" = yes ] && ! backports_are_known; then
+        echo "    echo 'deb http://deb.debian.org/debian bookworm-backports main' >/etc/apt/sources.list.d/backports.list"
+    fi
+    echo "    apt-get update"
+    [ $# = 0 ] || echo "    apt-get install --no-install-recommends $*"
+    [ "$needs_qemu" = no ] || echo "    apt-get install --no-install-recommends -t bookworm-backports qemu-system-x86"
+    exit 1
+} >&2
+
+# Installs those of the named packages that are missing, and QEMU 10.
+install_packages() {
+    local wanted=("$@") packages
+    mapfile -t packages < <(missing "${wanted[@]}")
+    local needs_qemu=no
+    has_qemu_10 || needs_qemu=yes
+    [ "${#packages[@]}" -gt 0 ] || [ "$needs_qemu" = yes ] || return 0
+
+    check_distribution "${packages[@]}"
+    [ "$(id -u)" = 0 ] || ask_for_packages "${packages[@]}"
+    [ "$needs_qemu" = no ] || backports_are_known || add_backports
+    say "reading the package lists"
+    apt-get "${apt_options[@]}" update
+    if [ "${#packages[@]}" -gt 0 ]; then
+        say "installing ${packages[*]}"
+        apt-get "${apt_options[@]}" install --no-install-recommends "${packages[@]}" >/dev/null
+    fi
+    if [ "$needs_qemu" = yes ]; then
+        say "installing QEMU 10 (qemu-system-x86 of bookworm-backports)"
+        apt-get "${apt_options[@]}" install --no-install-recommends -t bookworm-backports qemu-system-x86 >/dev/null
+        has_qemu_10 || fail "qemu-system-x86_64 is still not version 10: $(command -v qemu-system-x86_64)"
+    fi
+}
+
+# Downloads packages, given as NAME or NAME=VERSION, into an empty directory.
+download() {
+    local into=$1
+    shift
+    rm -rf "$into"
+    mkdir -p "$into"
+    (cd "$into" && apt-get -qq -o APT::Sandbox::User=root download "$@") ||
+        fail "apt-get could not download $*; do the package lists need \`apt-get update\` (as root)?"
+}
+
+# The newest 7.2 version of a package, or nothing.
+version_7_2() { apt-cache madison "$1" | awk '$3 ~ /^1:7\.2/ { print $3; exit }'; }
+
+# QEMU 7.2, unpacked, with a program that needs no options to find its files.
+unpack_qemu_7_2() {
+    local wrapper=$assets/bin/qemu-system-x86_64-7.2 root=$assets/qemu-7.2
+    if "$wrapper" --version 2>/dev/null | grep -q 'version 7\.2'; then
+        return 0
+    fi
+    check_distribution "QEMU 7.2"
+    say "unpacking QEMU 7.2 into ${root#"$PWD/"}"
+    local packages=() package version
+    for package in qemu-system-x86 qemu-system-common qemu-system-data; do
+        version=$(version_7_2 "$package")
+        [ -n "$version" ] || fail "apt knows no $package 7.2; is bookworm among its sources, and \`apt-get update\` done?"
+        packages+=("$package=$version")
+    done
+    download "$assets/debs" "${packages[@]}"
+    rm -rf "$root"
+    mkdir -p "$root" "$assets/bin"
+    for package in "$assets"/debs/*.deb; do
+        dpkg-deb --extract "$package" "$root"
+    done
+    rm -rf "$assets/debs"
+    cat >"$wrapper" <<END
+#!/bin/sh
+exec "$root/usr/bin/qemu-system-x86_64" -L "$root/usr/share/qemu" -L /usr/share/seabios -L /usr/lib/ipxe/qemu -L /usr/share/qemu "\$@"
+END
+    chmod +x "$wrapper"
+    "$wrapper" --version >/dev/null || fail "QEMU 7.2 does not start"
+}
+
+# The Linux guest: Debian's cloud kernel, and our initrd around busybox.
+build_linux_guest() {
+    local linux=$assets/linux package
+    if [ ! -e "$linux/kernel" ]; then
+        check_distribution "a Linux kernel"
+        package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-6\.1\.[^ ]*\).*/\1/p' | head -n 1)
+        [ -n "$package" ] || package=$(apt-cache pkgnames linux-image-6.1. | grep -E '[0-9]-cloud-amd64$' | sort -V | tail -n 1)
+        [ -n "$package" ] || fail "apt knows no linux-image-6.1…-cloud-amd64; do the package lists need \`apt-get update\` (as root)?"
+        say "unpacking the Linux guest's kernel ($package)"
+        download "$assets/debs" "$package"
+        rm -rf "$linux"
+        mkdir -p "$linux"
+        dpkg-deb --fsys-tarfile "$assets"/debs/*.deb |
+            tar -x -C "$linux" --strip-components=1 --wildcards './boot/vmlinuz-*' './lib/modules/*/kernel'
+        rm -rf "$assets/debs"
+        mv "$linux"/lib/modules/* "$linux/modules"
+        mv "$linux"/boot/vmlinuz-* "$linux/kernel"
+        rmdir "$linux/boot" "$linux/lib/modules" "$linux/lib"
+    fi
+    if [ -z "$(find "$linux/initrd" -newer testdata/guests/linux/init -newer testdata/guests/linux/fill.c \
+        -newer testdata/guests/linux/build-initrd.sh 2>/dev/null)" ]; then
+        say "building the Linux guest's initrd"
+        testdata/guests/linux/build-initrd.sh "$linux/modules" "$linux/initrd"
+    fi
+}
+
+mode=${1:-}
+check_rust
+case $mode in
+--demo)
+    # On other systems than Debian a compiler and a QEMU of any origin will do.
+    if ! has_qemu_10 || ! command -v cc >/dev/null; then
+        install_packages "${demo_packages[@]}"
+    fi
+    say "ready: $(qemu-system-x86_64 --version | head -n 1)"
+    ;;
+'')
+    install_packages "${demo_packages[@]}" "${test_packages[@]}"
+    unpack_qemu_7_2
+    build_linux_guest
+    say "ready: QEMU 10 and 7.2, a Linux guest, and the programs that judge our files"
+    ;;
+*) fail "unknown argument '$mode'; usage: tests/setup.sh [--demo]" ;;
+esac

@@ -1,0 +1,130 @@
+//! A test's own directory.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::process::{Adopted, Process, processes_that_know};
+use super::wait::{PATIENCE, wait_until};
+
+/// A directory for one test: guests, images, and the program's own state live in it and end with it.
+#[derive(Debug)]
+pub struct TestDir(tempfile::TempDir);
+
+impl TestDir {
+    pub fn new() -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("vmstow-test-")
+            .tempdir()
+            .expect("a temporary directory can be made");
+        for name in ["run", "state", "config"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        TestDir(dir)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// The path of `name` in it.
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.path().join(name)
+    }
+
+    /// The names in it, sorted, without what the harness itself made.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = std::fs::read_dir(self.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| !["run", "state", "config"].contains(&name.as_str()))
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// The program under test, run in this directory with all its state in it. It is ended after two minutes.
+    pub fn vmstow(&self) -> assert_cmd::Command {
+        let mut command = assert_cmd::Command::from_std(self.vmstow_command());
+        command.timeout(Duration::from_secs(120));
+        command
+    }
+
+    /// As [`TestDir::vmstow`], to be started and watched while it runs.
+    pub fn vmstow_command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmstow"));
+        command
+            .current_dir(self.path())
+            .env("VMSTOW_RUNTIME_DIR", self.join("run"))
+            .env("XDG_RUNTIME_DIR", self.join("run"))
+            .env("XDG_STATE_HOME", self.join("state"))
+            .env("XDG_CONFIG_HOME", self.join("config"))
+            .env("NO_COLOR", "1");
+        command
+    }
+
+    /// The processes that know this directory, whoever started them: QEMUs, and helpers of ours that still run.
+    pub fn processes(&self) -> Vec<Process> {
+        processes_that_know(self.path())
+            .into_iter()
+            .filter_map(Process::open)
+            .collect()
+    }
+
+    /// The QEMUs that know this directory, whoever started them.
+    pub fn qemus(&self) -> Vec<Process> {
+        let mut processes = self.processes();
+        processes.retain(Process::is_qemu);
+        processes
+    }
+
+    /// Waits for a QEMU that has `text` in its arguments and is not one of `others`, and answers for it from now on.
+    #[track_caller]
+    pub fn adopt_qemu(&self, text: &str, others: &[u32]) -> Adopted {
+        wait_until("a QEMU to adopt", PATIENCE, || {
+            let qemus = self.qemus();
+            let seen = format!("there are: {qemus:#?}");
+            qemus
+                .into_iter()
+                .filter(|qemu| !others.contains(&qemu.pid()))
+                .find(|qemu| qemu.argv().iter().any(|word| word.contains(text)))
+                .map(Adopted)
+                .ok_or(seen)
+        })
+    }
+}
+
+impl Default for TestDir {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for TestDir {
+    /// Fails the test if a process is left that knows this directory; helpers get two seconds to end by themselves.
+    fn drop(&mut self) {
+        let end = Instant::now() + Duration::from_secs(2);
+        while !processes_that_know(self.path()).is_empty() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let left: Vec<Adopted> = self.processes().into_iter().map(Adopted).collect();
+        if !left.is_empty() && !std::thread::panicking() {
+            panic!("left running (and killed now): {left:#?}");
+        }
+    }
+}
+
+/// Flips one bit (0 is the lowest) of the byte at `offset`.
+pub fn flip_bit(path: impl AsRef<Path>, offset: u64, bit: u32) {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    byte[0] ^= 1 << bit;
+    file.write_all_at(&byte, offset).unwrap();
+}
