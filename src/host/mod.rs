@@ -1,1 +1,23 @@
-//! (being written)
+//! What this machine is and has: processes, QEMU binaries, files, the runtime directory.
+//!
+//! Facts in, no decisions out: whether a fact is good enough for a save or a restore is the stories' business. Nothing
+//! here talks to a monitor.
+
+pub mod keys;
+
+mod error;
+mod facts;
+mod memory;
+mod monitor;
+mod process;
+mod runtime;
+
+pub use error::HostError;
+pub use facts::{
+    FileIdentity, MachineName, QEMU_BINARY, QemuFacts, Userfaultfd, Version, file_digest,
+    file_digest_while, find_qemu, free_space, is_kvm_accessible, userfaultfd,
+};
+pub use memory::{available_memory, resident_bytes};
+pub use monitor::{Monitor, listener_of, listeners_of, monitors_of, qmp_sockets};
+pub use process::{ProcessFacts, ProcessHandle, ProcessId};
+pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};
