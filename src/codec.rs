@@ -1,1 +1,198 @@
-//! (being written)
+//! Compression: one chunk in, one zstd frame out, and back.
+//!
+//! Contexts are kept and used again; a frame depends on its input and the level alone, never on what came before.
+
+use zstd::bulk;
+
+/// What a frame of an image can have wrong.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CodecError {
+    /// zstd could not make a frame.
+    #[error("zstd could not compress: {reason}")]
+    Compress {
+        /// zstd's own words.
+        reason: String,
+    },
+    /// zstd could not read the frame.
+    #[error("zstd could not decompress: {reason}")]
+    Decompress {
+        /// zstd's own words.
+        reason: String,
+    },
+    /// The frame does not say that it decodes to as many bytes as expected.
+    #[error("the zstd frame does not decode to {expected} bytes")]
+    ContentLen {
+        /// The bytes expected.
+        expected: usize,
+    },
+    /// Something follows the frame where it has to stand alone.
+    #[error("the zstd frame ends after {frame_len} of {stored_len} bytes")]
+    NotOneFrame {
+        /// Bytes of the first frame.
+        frame_len: usize,
+        /// Bytes in which it stands.
+        stored_len: usize,
+    },
+}
+
+/// The level used where none is asked for.
+pub const DEFAULT_LEVEL: i32 = 1;
+
+/// The levels zstd knows, fastest first.
+pub fn levels() -> std::ops::RangeInclusive<i32> {
+    -50..=19
+}
+
+/// Makes zstd frames.
+pub struct Compressor(bulk::Compressor<'static>);
+
+impl Compressor {
+    /// A compressor for one of the [`levels`].
+    ///
+    /// # Errors
+    /// [`CodecError::Compress`] if zstd cannot make a context.
+    pub fn new(level: i32) -> Result<Self, CodecError> {
+        bulk::Compressor::new(level)
+            .map(Compressor)
+            .map_err(compress_error)
+    }
+
+    /// Replaces `frame` by the one frame that holds `raw`; the frame states its content size and carries no checksum.
+    ///
+    /// # Errors
+    /// [`CodecError::Compress`] if memory is short.
+    pub fn compress(&mut self, raw: &[u8], frame: &mut Vec<u8>) -> Result<(), CodecError> {
+        frame.clear();
+        frame.reserve(zstd_safe::compress_bound(raw.len()));
+        self.0
+            .compress_to_buffer(raw, frame)
+            .map_err(compress_error)?;
+        Ok(())
+    }
+}
+
+fn compress_error(error: std::io::Error) -> CodecError {
+    CodecError::Compress {
+        reason: error.to_string(),
+    }
+}
+
+/// Reads zstd frames.
+pub struct Decompressor(bulk::Decompressor<'static>);
+
+impl Decompressor {
+    /// A decompressor that has seen nothing.
+    ///
+    /// # Errors
+    /// [`CodecError::Decompress`] if zstd cannot make a context.
+    pub fn new() -> Result<Self, CodecError> {
+        bulk::Decompressor::new()
+            .map(Decompressor)
+            .map_err(decompress_error)
+    }
+
+    /// Replaces `raw` by what the one frame in `stored` holds: exactly `raw_len` bytes, never more in memory.
+    ///
+    /// # Errors
+    /// All but [`CodecError::Compress`]: `stored` has to be one frame, to its last byte, of the stated content size.
+    pub fn decompress(
+        &mut self,
+        stored: &[u8],
+        raw_len: usize,
+        raw: &mut Vec<u8>,
+    ) -> Result<(), CodecError> {
+        let frame_len = zstd_safe::find_frame_compressed_size(stored).map_err(|code| {
+            CodecError::Decompress {
+                reason: zstd_safe::get_error_name(code).to_owned(),
+            }
+        })?;
+        if frame_len != stored.len() {
+            return Err(CodecError::NotOneFrame {
+                frame_len,
+                stored_len: stored.len(),
+            });
+        }
+        let content_len = zstd_safe::get_frame_content_size(stored).ok().flatten();
+        if content_len != Some(raw_len as u64) {
+            return Err(CodecError::ContentLen { expected: raw_len });
+        }
+        raw.clear();
+        raw.reserve(raw_len);
+        let len = self
+            .0
+            .decompress_to_buffer(stored, raw)
+            .map_err(decompress_error)?;
+        if len == raw_len {
+            Ok(())
+        } else {
+            Err(CodecError::ContentLen { expected: raw_len })
+        }
+    }
+}
+
+fn decompress_error(error: std::io::Error) -> CodecError {
+    CodecError::Decompress {
+        reason: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame_of(raw: &[u8]) -> Vec<u8> {
+        let mut frame = Vec::new();
+        Compressor::new(DEFAULT_LEVEL)
+            .unwrap()
+            .compress(raw, &mut frame)
+            .unwrap();
+        frame
+    }
+
+    #[test]
+    fn what_went_in_comes_out() {
+        let raw: Vec<u8> = (0..300_000u32).map(|i| (i / 7 % 251) as u8).collect();
+        let mut back = Vec::new();
+        Decompressor::new()
+            .unwrap()
+            .decompress(&frame_of(&raw), raw.len(), &mut back)
+            .unwrap();
+        assert_eq!(back, raw);
+    }
+
+    #[test]
+    fn a_used_compressor_makes_the_same_frame_as_a_fresh_one() {
+        let (one, two) = (vec![7; 100_000], b"abcabc".repeat(1000));
+        let mut compressor = Compressor::new(3).unwrap();
+        let (mut first, mut again) = (Vec::new(), Vec::new());
+        compressor.compress(&two, &mut first).unwrap();
+        compressor.compress(&one, &mut again).unwrap();
+        compressor.compress(&two, &mut again).unwrap();
+        assert_eq!(first, again);
+    }
+
+    #[test]
+    fn a_frame_of_another_length_or_with_a_neighbour_is_refused() {
+        let frame = frame_of(b"hello");
+        let mut raw = Vec::new();
+        let mut decompressor = Decompressor::new().unwrap();
+        let wrong_len = decompressor.decompress(&frame, 6, &mut raw);
+        assert_eq!(wrong_len, Err(CodecError::ContentLen { expected: 6 }));
+        let mut two = frame.clone();
+        two.extend_from_slice(&frame);
+        let not_one = decompressor.decompress(&two, 5, &mut raw);
+        assert_eq!(
+            not_one,
+            Err(CodecError::NotOneFrame {
+                frame_len: frame.len(),
+                stored_len: two.len()
+            })
+        );
+        assert!(
+            decompressor
+                .decompress(&frame[..frame.len() - 1], 5, &mut raw)
+                .is_err()
+        );
+        assert!(decompressor.decompress(b"", 0, &mut raw).is_err());
+    }
+}

@@ -1,1 +1,94 @@
-//! (being written)
+//! Streams ⇄ chunks: the one owner of worker threads.
+//!
+//! [`encode()`] reads QEMU's stream once, cuts it into chunks that follow guest memory, and has workers hash and
+//! compress them; an ordered writer appends the results to the image. [`decode()`] runs the other way: workers read,
+//! check and decompress chunks, the caller gets them in order.
+//!
+//! Memory is `2 × threads + 2` buffers of one chunk each way, whatever the guest's size. The first error stops all
+//! threads and is the one reported. The number of threads never changes a byte of the image.
+
+mod chunker;
+mod decode;
+mod encode;
+mod pipe;
+
+pub use decode::{decode, examine};
+pub use encode::{Encoded, Encoding, encode};
+pub use pipe::{AroundPayload, PipedImage, begins_with_head};
+
+use std::io;
+
+use crate::codec::CodecError;
+use crate::container::ContainerError;
+use crate::error::{Blame, ErrorKind};
+use crate::stream::StreamError;
+use crate::units::StreamOffset;
+
+/// Bytes of guest memory in one chunk where nothing else is asked for.
+pub const DEFAULT_CHUNK_LEN: usize = 256 << 10;
+
+/// How many chunks may be on their way through `threads` workers.
+fn window(threads: usize) -> usize {
+    2 * threads + 2
+}
+
+/// One worker a core.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What can stop a pipeline.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineError {
+    /// The migration stream could not be read.
+    #[error("the migration stream could not be read")]
+    Read(#[source] io::Error),
+    /// The migration stream is not as it has to be.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// The image could not be written, or what was read of it is damaged.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// A chunk could not be compressed.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// One element of the stream is longer than a chunk can be.
+    #[error("one element of the migration stream is longer than {max_len} bytes")]
+    ElementTooLong {
+        /// Where it begins.
+        at: StreamOffset,
+        /// The largest chunk.
+        max_len: usize,
+    },
+    /// Whoever takes the decoded stream takes no more of it.
+    #[error("the migration stream could not be passed on")]
+    Output(#[source] io::Error),
+    /// The user asked to stop.
+    #[error("interrupted")]
+    Cancelled,
+    /// A thread of this program died.
+    #[error("a worker thread ended before its work")]
+    Worker,
+}
+
+impl Blame for PipelineError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            PipelineError::Container(error) => error.kind(),
+            PipelineError::Stream(error) => error.kind(),
+            PipelineError::Cancelled => ErrorKind::Interrupted,
+            PipelineError::ElementTooLong { .. } => ErrorKind::Host,
+            PipelineError::Read(_) | PipelineError::Output(_) => ErrorKind::Host,
+            PipelineError::Codec(_) | PipelineError::Worker => ErrorKind::Failed,
+        }
+    }
+
+    fn at(&self) -> Option<String> {
+        match self {
+            PipelineError::Container(error) => error.at(),
+            PipelineError::Stream(error) => error.at(),
+            PipelineError::ElementTooLong { at, .. } => Some(format!("stream offset {at}")),
+            _ => None,
+        }
+    }
+}

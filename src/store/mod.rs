@@ -1,1 +1,74 @@
-//! (being written)
+//! Where bytes live: files and pipes.
+//!
+//! This module moves bytes and knows no format. A [`FileSink`] writes under a temporary name in the target's
+//! directory and takes the good name only when it is published; a [`PipeSink`] writes to a descriptor and keeps
+//! the end back until then.
+
+mod file;
+mod location;
+mod pipe;
+
+pub use file::{FileIdentity, FileSink, FileSource, check_target, temporary_name};
+pub use location::Location;
+pub use pipe::{PipeSink, spool};
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::error::{Blame, ErrorKind};
+
+/// What can go wrong with files and pipes.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A file could not be opened, read, made or removed.
+    #[error("cannot {act} {}", path.display())]
+    File {
+        /// What was tried: `open`, `create`, …
+        act: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Something of that name is there already.
+    #[error("{} exists", path.display())]
+    Exists {
+        /// The name.
+        path: PathBuf,
+    },
+    /// The path names no regular file.
+    #[error("{} is not a regular file", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path has no file name, or names a location this program does not know.
+    #[error("{text:?} is no location of an image")]
+    NotALocation {
+        /// What was given.
+        text: String,
+    },
+    /// An image does not go to a terminal.
+    #[error("standard output is a terminal, an image cannot go there")]
+    Terminal,
+    /// A pipe could not be read or written.
+    #[error("cannot {act} the pipe")]
+    Pipe {
+        /// What was tried.
+        act: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+impl Blame for StoreError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            StoreError::Exists { .. } | StoreError::NotALocation { .. } | StoreError::Terminal => {
+                ErrorKind::Usage
+            }
+            StoreError::NotAFile { .. } => ErrorKind::Usage,
+            StoreError::File { .. } | StoreError::Pipe { .. } => ErrorKind::Failed,
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Chunks → stream: workers read, check and decompress; the caller gets the raw bytes in order.
+
+use std::thread;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::{PipelineError, window};
+use crate::bytes::ReadAt;
+use crate::codec::Decompressor;
+use crate::container::{ChunkEntry, ChunkKind, ContainerError, Image};
+use crate::progress::Progress;
+
+/// Gives every chunk's raw bytes, verified, in stream order to `output`.
+///
+/// No byte of a chunk reaches `output` before the chunk's checksum and digest were found right.
+///
+/// # Errors
+/// [`PipelineError::Container`] for the first damaged chunk, what `output` says, or [`PipelineError::Cancelled`].
+pub fn decode<R: ReadAt>(
+    image: &Image<R>,
+    threads: usize,
+    progress: &dyn Progress,
+    output: &mut dyn FnMut(&[u8]) -> Result<(), PipelineError>,
+) -> Result<(), PipelineError> {
+    examine(image, threads, progress, &mut |_, raw| output(raw?))
+}
+
+/// Takes each chunk: its raw bytes, or what is wrong with it.
+type Visit<'a> =
+    dyn FnMut(&ChunkEntry, Result<&[u8], ContainerError>) -> Result<(), PipelineError> + 'a;
+
+/// Gives every chunk, in stream order, to `visit`: its raw bytes, or what is wrong with it. Damage alone does not end it.
+///
+/// # Errors
+/// What `visit` says, [`PipelineError::Cancelled`], or a chunk table that cannot be read.
+pub fn examine<R: ReadAt>(
+    image: &Image<R>,
+    threads: usize,
+    progress: &dyn Progress,
+    visit: &mut Visit<'_>,
+) -> Result<(), PipelineError> {
+    let threads = threads.max(1);
+    let (work, jobs) = bounded::<Job>(window(threads));
+    let (order, ordered) = bounded::<Receiver<Done>>(window(threads));
+    let (give_back, buffers) = bounded::<Vec<u8>>(window(threads));
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            let (jobs, buffers) = (jobs.clone(), buffers.clone());
+            scope.spawn(move || work_on(image, &jobs, &buffers));
+        }
+        drop((jobs, buffers));
+        let table = scope.spawn(move || dispatch(image, &work, &order));
+        let visited = visit_in_order(&ordered, &give_back, progress, visit);
+        drop(ordered);
+        let read = table.join().map_err(|_| PipelineError::Worker)?;
+        visited.and(read)
+    })
+}
+
+struct Job {
+    entry: ChunkEntry,
+    reply: Sender<Done>,
+}
+
+struct Done {
+    entry: ChunkEntry,
+    raw: Result<Vec<u8>, ContainerError>,
+}
+
+/// Sends every entry of the chunk table to the workers; ends early, without an error, when nobody listens any more.
+fn dispatch<R: ReadAt>(
+    image: &Image<R>,
+    work: &Sender<Job>,
+    order: &Sender<Receiver<Done>>,
+) -> Result<(), PipelineError> {
+    for entry in image.chunks() {
+        let (reply, done) = bounded(1);
+        if order.send(done).is_err()
+            || work
+                .send(Job {
+                    entry: entry?,
+                    reply,
+                })
+                .is_err()
+        {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn work_on<R: ReadAt>(image: &Image<R>, jobs: &Receiver<Job>, buffers: &Receiver<Vec<u8>>) {
+    let mut worker = Worker {
+        stored: Vec::new(),
+        decompressor: None,
+    };
+    for Job { entry, reply } in jobs {
+        let buffer = buffers.try_recv().unwrap_or_default();
+        let raw = worker.raw_bytes(image, &entry, buffer);
+        let _ = reply.send(Done { entry, raw });
+    }
+}
+
+struct Worker {
+    stored: Vec<u8>,
+    decompressor: Option<Decompressor>,
+}
+
+impl Worker {
+    fn raw_bytes<R: ReadAt>(
+        &mut self,
+        image: &Image<R>,
+        entry: &ChunkEntry,
+        mut raw: Vec<u8>,
+    ) -> Result<Vec<u8>, ContainerError> {
+        match entry.kind {
+            ChunkKind::Plain => image.read_stored(entry, &mut raw)?,
+            ChunkKind::Zstd => {
+                image.read_stored(entry, &mut self.stored)?;
+                self.decompress(entry, &mut raw)?;
+            }
+        }
+        entry.check_raw(&raw)?;
+        Ok(raw)
+    }
+
+    fn decompress(&mut self, entry: &ChunkEntry, raw: &mut Vec<u8>) -> Result<(), ContainerError> {
+        let frame = |_| ContainerError::NotAFrame {
+            chunk: entry.index,
+            at: entry.stored_offset,
+        };
+        let decompressor = match &mut self.decompressor {
+            Some(decompressor) => decompressor,
+            none => none.insert(Decompressor::new().map_err(frame)?),
+        };
+        decompressor
+            .decompress(&self.stored, entry.raw_len as usize, raw)
+            .map_err(frame)
+    }
+}
+
+fn visit_in_order(
+    ordered: &Receiver<Receiver<Done>>,
+    give_back: &Sender<Vec<u8>>,
+    progress: &dyn Progress,
+    visit: &mut Visit<'_>,
+) -> Result<(), PipelineError> {
+    for reply in ordered {
+        if progress.is_cancelled() {
+            return Err(PipelineError::Cancelled);
+        }
+        // The sender goes away without an answer when the chunk table broke; the dispatcher knows why.
+        let Ok(Done { entry, raw }) = reply.recv() else {
+            break;
+        };
+        match raw {
+            Ok(raw) => {
+                visit(&entry, Ok(&raw))?;
+                let _ = give_back.try_send(raw);
+            }
+            Err(error) => visit(&entry, Err(error))?,
+        }
+        progress.advance(u64::from(entry.raw_len));
+    }
+    Ok(())
+}

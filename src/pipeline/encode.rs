@@ -1,0 +1,341 @@
+//! Stream → chunks: read and parse on the caller's thread, hash and compress on workers, append in order.
+
+use std::io::Read;
+use std::thread;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::chunker::{Chunker, max_chunk_len};
+use super::{PipelineError, window};
+use crate::codec::Compressor;
+use crate::container::{ChunkKind, ImageWriter, Layout, PageMapBuilder, StoredChunk};
+use crate::digest::{Digest, crc32c};
+use crate::progress::Progress;
+use crate::stream::{Element, Event, Parser, StreamSummary};
+use crate::units::PAGE_LEN;
+
+/// How chunks are made.
+#[derive(Debug, Clone, Copy)]
+pub struct Encoding {
+    /// `zstd` compresses each chunk, `raw` stores it as it is.
+    pub layout: Layout,
+    /// zstd's level; of no meaning for `raw`.
+    pub level: i32,
+    /// Bytes of guest memory in a chunk: a power of two of at least one page.
+    pub chunk_len: usize,
+    /// Workers.
+    pub threads: usize,
+}
+
+impl Encoding {
+    /// The same for a guest of this many bytes of memory: larger chunks where the chunk table would become too large to
+    /// be kept in memory while the image is written.
+    pub fn fitting(mut self, memory_bytes: u64) -> Self {
+        while memory_bytes / self.chunk_len as u64 > MAX_CHUNKS && self.chunk_len < MAX_CHUNK_LEN {
+            self.chunk_len *= 2;
+        }
+        self
+    }
+
+    /// No chunk of this encoding decodes to more bytes.
+    pub fn max_chunk_len(&self) -> u32 {
+        u32::try_from(max_chunk_len(self.chunk_len)).unwrap_or(u32::MAX)
+    }
+}
+
+/// Chunks of a guest without zero pages; 64 bytes of each are kept until its image is written.
+const MAX_CHUNKS: u64 = 1 << 19;
+
+/// The largest region of guest memory in one chunk.
+const MAX_CHUNK_LEN: usize = 8 << 20;
+
+/// What a stream turned out to hold.
+pub struct Encoded {
+    /// What the parser found, the stream being whole.
+    pub stream: StreamSummary,
+    /// Where every page lies; `None` for a stream without RAM.
+    pub page_map: Option<PageMapBuilder>,
+}
+
+/// Reads `stream` to its end and appends it to `image` as chunks.
+///
+/// # Errors
+/// The first that any thread met. What was appended by then is no image.
+pub fn encode(
+    stream: &mut dyn Read,
+    image: &mut ImageWriter<'_>,
+    encoding: &Encoding,
+    progress: &dyn Progress,
+) -> Result<Encoded, PipelineError> {
+    let threads = encoding.threads.max(1);
+    let (work, jobs) = bounded::<Job>(window(threads));
+    let (order, ordered) = bounded::<Receiver<Done>>(window(threads));
+    let (free, buffers) = pool(window(threads) + 1, max_chunk_len(encoding.chunk_len));
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            let jobs = jobs.clone();
+            scope.spawn(move || work_on(&jobs, encoding));
+        }
+        drop(jobs);
+        // A writer that failed takes its ends of the channels with it, or the cutter would wait on them for ever.
+        let writer = scope.spawn(move || append_in_order(&ordered, image, &free));
+        let read = Cutter::new(
+            encoding,
+            Dispatcher {
+                work,
+                order,
+                buffers,
+                progress,
+            },
+        )
+        .run(stream);
+        let written = writer.join().map_err(|_| PipelineError::Worker)?;
+        match (read, written) {
+            (Err(PipelineError::Worker), Err(error)) | (Ok(_), Err(error)) | (Err(error), _) => {
+                Err(error)
+            }
+            (Ok(encoded), Ok(())) => Ok(encoded),
+        }
+    })
+}
+
+/// Room for one chunk, of which the first `len` bytes are filled.
+struct Buffer {
+    bytes: Box<[u8]>,
+    len: usize,
+}
+
+impl Buffer {
+    fn filled(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    /// Reads up to `max` more bytes of `stream`; 0 is the end.
+    fn fill(&mut self, stream: &mut dyn Read, max: usize) -> Result<usize, PipelineError> {
+        let end = self.bytes.len().min(self.len + max);
+        loop {
+            match stream.read(&mut self.bytes[self.len..end]) {
+                Ok(len) => {
+                    self.len += len;
+                    return Ok(len);
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(PipelineError::Read(error)),
+            }
+        }
+    }
+}
+
+/// One chunk on its way to a worker.
+struct Job {
+    raw: Buffer,
+    reply: Sender<Done>,
+}
+
+/// One chunk on its way to the image.
+struct Done {
+    raw: Buffer,
+    stored: Result<Option<Vec<u8>>, PipelineError>,
+    digest: Digest,
+    crc: u32,
+}
+
+/// Buffers that go round, so that none is allocated in the middle of a save.
+fn pool(count: usize, len: usize) -> (Sender<Buffer>, Receiver<Buffer>) {
+    let (free, buffers) = bounded(count);
+    for _ in 0..count {
+        let _ = free.send(Buffer {
+            bytes: vec![0; len].into_boxed_slice(),
+            len: 0,
+        });
+    }
+    (free, buffers)
+}
+
+fn work_on(jobs: &Receiver<Job>, encoding: &Encoding) {
+    let mut compressor = None;
+    for Job { raw, reply } in jobs {
+        let digest = Digest::of(raw.filled());
+        let stored = match encoding.layout {
+            Layout::Zstd => compress(&mut compressor, encoding.level, raw.filled()).map(Some),
+            Layout::Raw | Layout::Mapped => Ok(None),
+        };
+        let crc = match &stored {
+            Ok(Some(stored)) => crc32c(stored),
+            _ => crc32c(raw.filled()),
+        };
+        let _ = reply.send(Done {
+            raw,
+            stored,
+            digest,
+            crc,
+        });
+    }
+}
+
+fn compress(
+    compressor: &mut Option<Compressor>,
+    level: i32,
+    raw: &[u8],
+) -> Result<Vec<u8>, PipelineError> {
+    let compressor = match compressor {
+        Some(compressor) => compressor,
+        none => none.insert(Compressor::new(level)?),
+    };
+    let mut stored = Vec::new();
+    compressor.compress(raw, &mut stored)?;
+    Ok(stored)
+}
+
+fn append_in_order(
+    ordered: &Receiver<Receiver<Done>>,
+    image: &mut ImageWriter<'_>,
+    free: &Sender<Buffer>,
+) -> Result<(), PipelineError> {
+    for reply in ordered {
+        let done = reply.recv().map_err(|_| PipelineError::Worker)?;
+        let stored = done.stored?;
+        let kind = if stored.is_some() {
+            ChunkKind::Zstd
+        } else {
+            ChunkKind::Plain
+        };
+        image.append_chunk(&StoredChunk {
+            stored: stored.as_deref().unwrap_or(done.raw.filled()),
+            raw_len: u32::try_from(done.raw.len).unwrap_or(u32::MAX),
+            stored_crc: done.crc,
+            raw_digest: done.digest,
+            kind,
+        })?;
+        let mut buffer = done.raw;
+        buffer.len = 0;
+        let _ = free.try_send(buffer);
+    }
+    Ok(())
+}
+
+/// Hands chunks to the workers and keeps their order.
+struct Dispatcher<'a> {
+    work: Sender<Job>,
+    order: Sender<Receiver<Done>>,
+    buffers: Receiver<Buffer>,
+    progress: &'a dyn Progress,
+}
+
+impl Dispatcher<'_> {
+    /// [`PipelineError::Worker`] means that the writer has ended; its own error is the one to report.
+    fn send(&self, raw: Buffer) -> Result<(), PipelineError> {
+        if self.progress.is_cancelled() {
+            return Err(PipelineError::Cancelled);
+        }
+        let (reply, done) = bounded(1);
+        self.order.send(done).map_err(|_| PipelineError::Worker)?;
+        self.work
+            .send(Job { raw, reply })
+            .map_err(|_| PipelineError::Worker)
+    }
+
+    fn buffer(&self) -> Result<Buffer, PipelineError> {
+        self.buffers.recv().map_err(|_| PipelineError::Worker)
+    }
+}
+
+/// Reads into the open chunk's buffer, parses it there, and cuts.
+struct Cutter<'a> {
+    parser: Parser,
+    chunker: Chunker,
+    dispatcher: Dispatcher<'a>,
+    knows_blocks: bool,
+    next_page: Option<u64>,
+    /// Pages parsed since progress was told of some.
+    new_pages: u64,
+}
+
+impl<'a> Cutter<'a> {
+    fn new(encoding: &Encoding, dispatcher: Dispatcher<'a>) -> Self {
+        Cutter {
+            parser: Parser::new(),
+            chunker: Chunker::new(encoding.chunk_len),
+            dispatcher,
+            knows_blocks: false,
+            next_page: None,
+            new_pages: 0,
+        }
+    }
+
+    fn run(mut self, stream: &mut dyn Read) -> Result<Encoded, PipelineError> {
+        let mut open = self.dispatcher.buffer()?;
+        let mut parsed = 0;
+        while open.fill(stream, self.chunker.read_len(self.next_page))? > 0 {
+            parsed = self.parse(&mut open, parsed)?;
+            if open.len == open.bytes.len() {
+                if parsed == 0 {
+                    return Err(PipelineError::ElementTooLong {
+                        at: self.parser.position(),
+                        max_len: open.len,
+                    });
+                }
+                self.chunker.close();
+                self.close(&mut open, parsed)?;
+                parsed = 0;
+            }
+        }
+        if open.len > 0 {
+            self.dispatcher.send(open)?;
+        }
+        let stream = self.parser.finish()?;
+        Ok(Encoded {
+            stream,
+            page_map: self.chunker.finish(),
+        })
+    }
+
+    /// Parses what can be parsed of `open` behind `parsed`; gives where parsing stands then.
+    fn parse(&mut self, open: &mut Buffer, mut parsed: usize) -> Result<usize, PipelineError> {
+        while parsed < open.len {
+            let shown = &open.filled()[parsed..];
+            let shown = &shown[..shown.len().min(self.chunker.window(parsed))];
+            let Some(element) = self.parser.next(shown)? else {
+                break;
+            };
+            while let Some(cut) = self.chunker.cut_before(&element, parsed) {
+                self.close(open, cut)?;
+                parsed -= cut;
+            }
+            self.note(&element);
+            self.chunker.take(&element, parsed);
+            parsed += element.len;
+        }
+        Ok(parsed)
+    }
+
+    fn note(&mut self, element: &Element) {
+        if let Event::Page { page, .. } = element.event {
+            if !self.knows_blocks {
+                let blocks = self.parser.blocks();
+                let blocks: Vec<_> = blocks
+                    .iter()
+                    .map(|block| (block.idstr.clone(), block.used_length))
+                    .collect();
+                self.chunker.begin_blocks(&blocks);
+                self.knows_blocks = true;
+            }
+            self.next_page = Some(page.0 + 1);
+            self.new_pages += 1;
+        }
+    }
+
+    /// Sends the first `cut` bytes of `open` away as a chunk; `open` becomes a fresh buffer with the rest.
+    fn close(&mut self, open: &mut Buffer, cut: usize) -> Result<(), PipelineError> {
+        let new_pages = std::mem::take(&mut self.new_pages);
+        self.dispatcher
+            .progress
+            .advance(new_pages * PAGE_LEN as u64);
+        let mut fresh = self.dispatcher.buffer()?;
+        let rest = &open.filled()[cut..];
+        fresh.bytes[..rest.len()].copy_from_slice(rest);
+        fresh.len = rest.len();
+        open.len = cut;
+        self.dispatcher.send(std::mem::replace(open, fresh))
+    }
+}
