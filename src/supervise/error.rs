@@ -1,0 +1,128 @@
+//! What can go wrong with processes of ours.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::error::{Blame, ErrorKind};
+use crate::host::HostError;
+use crate::qmp::{MigrationStatus, QmpError, RunState};
+
+/// A QEMU or guardian that could not be started, watched or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SuperviseError {
+    /// This machine is to blame.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// QEMU's monitor is to blame.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// There is nothing to start.
+    #[error("the argument vector is empty")]
+    EmptyArguments,
+    /// A program could not be started.
+    #[error("cannot start {}", program.display())]
+    Spawn {
+        /// The program.
+        program: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// QEMU ended before its monitor answered.
+    #[error("QEMU ended at its start ({status}){}", quoted(log))]
+    EarlyExit {
+        /// How it ended, in the words of the standard library: `exit status: 1`.
+        status: String,
+        /// The last lines of its log: its own words, untouched.
+        log: String,
+    },
+    /// QEMU runs, but its monitor does not answer.
+    #[error("QEMU's monitor did not answer within {:.1} s{}", waited.as_secs_f64(), quoted(log))]
+    NoMonitor {
+        /// How long we waited.
+        waited: Duration,
+        /// The last lines of its log: its own words, untouched.
+        log: String,
+        /// Why the last attempt to connect failed.
+        source: QmpError,
+    },
+    /// A file of a guest could not be read or written.
+    #[error("cannot {act} {}", path.display())]
+    File {
+        /// `read`, `write`, …
+        act: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A guest's description is not what we write.
+    #[error("{} does not describe a guest", path.display())]
+    BadDescription {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The instruction cannot be told: a path in it is not UTF-8.
+    #[error("the guardian cannot be instructed")]
+    Instruction(#[source] serde_json::Error),
+    /// The guardian did not say that it is ready.
+    #[error("the guardian did not become ready: {answer:?}")]
+    NotReady {
+        /// What it said instead.
+        answer: String,
+    },
+    /// The guardian ended too early and guards nothing any more.
+    #[error("the guardian is gone")]
+    GuardianGone(#[source] io::Error),
+    /// QEMU does not end a migration that was cancelled.
+    #[error("QEMU's migration is still {status}, {:.0} s after it was cancelled", waited.as_secs_f64())]
+    MigrationStuck {
+        /// How far it is.
+        status: MigrationStatus,
+        /// How long we waited.
+        waited: Duration,
+    },
+    /// `cont` was accepted, yet the guest does not run.
+    #[error("the guest does not run again: it is {state}")]
+    NotRunning {
+        /// What it is instead.
+        state: RunState,
+    },
+    /// Even SIGKILL did not end it.
+    #[error("process {pid} did not end, not even by SIGKILL")]
+    Unkillable {
+        /// Its id.
+        pid: i32,
+    },
+}
+
+fn quoted(log: &str) -> String {
+    match log.trim_end() {
+        "" => String::new(),
+        log => format!(": {log}"),
+    }
+}
+
+impl Blame for SuperviseError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            SuperviseError::Host(error) => error.kind(),
+            SuperviseError::Qmp(error) => error.kind(),
+            SuperviseError::EmptyArguments => ErrorKind::Usage,
+            SuperviseError::Instruction(_)
+            | SuperviseError::NotReady { .. }
+            | SuperviseError::GuardianGone(_) => ErrorKind::Failed,
+            _ => ErrorKind::Host,
+        }
+    }
+
+    fn at(&self) -> Option<String> {
+        match self {
+            SuperviseError::Host(error) => error.at(),
+            SuperviseError::Qmp(error) => error.at(),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Which guests of ours run.
+
+use std::fs;
+use std::io;
+use std::time::{Duration, SystemTime};
+
+use super::error::SuperviseError;
+use super::launch::{GuestDescription, failed};
+use crate::host::{GuestDir, ProcessId, RuntimeDir, listener_of};
+
+/// A directory without a description is a start under way, until it is this old.
+const START_TAKES: Duration = Duration::from_secs(600);
+
+/// What was found in the runtime directory.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct GuestList {
+    /// The guests whose QEMU lives, by name.
+    pub running: Vec<GuestDescription>,
+    /// The names of those whose QEMU is gone; their directories were removed.
+    pub cleaned: Vec<String>,
+}
+
+/// Lists the guests of ours and removes what is left of those that ended.
+pub fn list(runtime: &RuntimeDir) -> Result<GuestList, SuperviseError> {
+    let mut found = GuestList::default();
+    for dir in runtime.guests()? {
+        match describe(&dir)? {
+            Some(guest) if guest.process.is_alive() => found.running.push(guest),
+            None if is_young(&dir) => {}
+            _ => {
+                dir.remove()?;
+                found.cleaned.push(dir.name().to_owned());
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What `guest.json` says. Where it is missing, since whoever started the guest was killed in the middle, what can be
+/// told of the QEMU that listens there; `None` if there is none either.
+///
+/// # Errors
+/// [`SuperviseError::BadDescription`] if it is not ours.
+pub fn describe(dir: &GuestDir) -> Result<Option<GuestDescription>, SuperviseError> {
+    let path = dir.description();
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(undescribed(dir)),
+        Err(error) => return Err(failed("read", &path)(error)),
+    };
+    let described = serde_json::from_slice(&bytes);
+    described
+        .map(Some)
+        .map_err(|source| SuperviseError::BadDescription { path, source })
+}
+
+fn undescribed(dir: &GuestDir) -> Option<GuestDescription> {
+    let qmp = dir.qmp_socket();
+    let process = listener_of(&qmp).and_then(ProcessId::of).ok()?;
+    let started_at = fs::metadata(&qmp).and_then(|socket| socket.modified());
+    Some(GuestDescription {
+        name: dir.name().to_owned(),
+        process,
+        image: None,
+        qmp,
+        started_at: started_at.ok()?.try_into().ok()?,
+    })
+}
+
+fn is_young(dir: &GuestDir) -> bool {
+    let modified = fs::metadata(dir.path()).and_then(|it| it.modified());
+    let age = modified.map(|time| SystemTime::now().duration_since(time).unwrap_or_default());
+    age.is_ok_and(|age| age < START_TAKES)
+}
