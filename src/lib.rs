@@ -11,7 +11,7 @@
 //! | [`stream`] | QEMU's migration stream ⇄ events |
 //! | [`config`] | the virtual machine as data: domain XML, QEMU arguments, what a host must offer |
 //! | [`qmp`] [`store`] [`host`] | the outside world: QEMU's monitor, where bytes live, this machine |
-//! | [`pipeline`] [`supervise`] | threads; processes |
+//! | [`image`] [`pipeline`] [`supervise`] | an image of this host; threads; processes |
 //! | [`save`] [`restore`] [`inspect`] | the stories |
 //! | [`cli`] | arguments in, words out |
 //!
@@ -31,6 +31,7 @@ pub mod qmp;
 pub mod store;
 pub mod stream;
 
+pub mod image;
 pub mod pipeline;
 pub mod supervise;
 

@@ -1,1 +1,9 @@
-//! (being written)
+//! Looks at images and migration streams: says what they hold and whether they are whole.
+
+mod describe;
+mod stream_file;
+mod verify;
+
+pub use describe::{ImageDescription, describe};
+pub use stream_file::{StreamDescription, describe_stream};
+pub use verify::{Depth, VerifyReport, verify};

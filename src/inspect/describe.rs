@@ -1,0 +1,100 @@
+//! What an image says of itself, read from its footer, directory and manifest alone: the time it takes does not grow
+//! with the guest's memory.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::container::Manifest;
+use crate::error::Result;
+use crate::image::{OpenedImage, Trust};
+
+/// An image in short; `manifest` has the rest.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImageDescription {
+    /// The image, as it was named.
+    pub image: String,
+    /// The version of its format.
+    pub format_version: u32,
+    /// `zstd`, `raw` or `mapped`.
+    pub layout: String,
+    /// The image's UUID.
+    pub image_uuid: Uuid,
+    /// Names what was saved, whatever the layout.
+    pub image_digest: String,
+    /// How often it was written: 1 plus the edits.
+    pub generation: u32,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+    /// Bytes of QEMU's migration stream.
+    pub stream_bytes: u64,
+    /// Chunks that it lies in.
+    pub chunks: u64,
+    /// Whose it is.
+    pub trust: Trust,
+    /// Bytes behind the last whole generation, if the last edit was cut off.
+    pub torn_bytes: Option<u64>,
+    /// The sections in it: type, generation, bytes, whether it is live.
+    pub sections: Vec<SectionDescription>,
+    /// Everything a restore needs to know.
+    pub manifest: Manifest,
+}
+
+/// One section.
+#[derive(Debug, Clone, Serialize)]
+pub struct SectionDescription {
+    /// Its four letters, without a space at their end.
+    #[serde(rename = "type")]
+    pub section_type: String,
+    /// The generation that wrote it.
+    pub generation: u32,
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// Its bytes.
+    pub len: u64,
+    /// Whether it counts: not superseded.
+    pub is_live: bool,
+}
+
+/// Describes an image.
+///
+/// # Errors
+/// A section that cannot be read or does not match its digest.
+pub fn describe(opened: &OpenedImage) -> Result<ImageDescription> {
+    let image = opened.image();
+    let sections = image.sections().iter().map(|entry| SectionDescription {
+        section_type: entry
+            .section
+            .code()
+            .trim_ascii_end()
+            .escape_ascii()
+            .to_string(),
+        generation: entry.generation,
+        offset: entry.offset.0,
+        len: entry.length,
+        is_live: entry.is_live,
+    });
+    Ok(ImageDescription {
+        image: opened.location().to_string(),
+        format_version: crate::container::layout::FORMAT_VERSION,
+        layout: image.layout().to_string(),
+        image_uuid: image.identity().image_uuid,
+        image_digest: image.image_digest().to_string(),
+        generation: image.generation(),
+        file_bytes: image.len(),
+        stream_bytes: image.stream_len(),
+        chunks: image.chunk_count(),
+        trust: Trust::of(image)?,
+        torn_bytes: opened.torn().map(|torn| torn.file_len - torn.valid_len),
+        sections: sections.collect(),
+        manifest: image.manifest()?,
+    })
+}
+
+impl ImageDescription {
+    /// Its labels.
+    pub fn labels(&self) -> &BTreeMap<String, String> {
+        &self.manifest.labels
+    }
+}
