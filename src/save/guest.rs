@@ -1,0 +1,414 @@
+//! The guest between its stop and its end: stopped, migrated into a pipe, put back or ended.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::PipeFlags;
+
+use super::describe::Description;
+use super::{GuestLeft, Plan, SaveError, SaveRequest, Then};
+use crate::error::{Error, Result};
+use crate::pipeline::PipelineError;
+use crate::progress::Progress;
+use crate::qmp::{MigrationStatus, QmpClient, QmpError, RunState, SavedSettings};
+use crate::store::{FileSink, temporary_name};
+use crate::supervise::{Guardian, GuardianInstruction, NodeIdentity, put_back};
+
+/// The name under which QEMU knows the pipe.
+const STREAM_NAME: &str = "vmstow-stream";
+
+/// How long QEMU may take to notice that its migration is over.
+const SETTLE: Duration = Duration::from_secs(30);
+
+/// Bytes in the pipe; what an unprivileged process may ask for.
+const PIPE_LEN: usize = 1 << 20;
+
+/// A guest with a guardian; it was not touched yet.
+pub struct GuardedGuest {
+    plan: Plan,
+    then: Then,
+    temporary: Option<PathBuf>,
+    guardian: Guardian,
+}
+
+impl GuardedGuest {
+    /// Starts the guardian; `target` is the file that [`GuardedGuest::create`] will make.
+    ///
+    /// The guardian is told the temporary name before there is such a file, so that none is ever left.
+    pub fn guard(plan: Plan, request: &SaveRequest, target: Option<&Path>) -> Result<Self> {
+        let process = plan.description.process();
+        let temporary = target.map(temporary_name).transpose()?;
+        let instruction = GuardianInstruction {
+            qmp: plan.monitor.clone(),
+            qemu_pid: Some(process.pid),
+            qemu_start_time: Some(process.start_time),
+            was_running: plan.was_running,
+            settings: plan.settings.clone(),
+            then: request.then,
+            temporary: temporary.clone(),
+            target: target.map(Path::to_owned),
+            temporary_identity: None,
+        };
+        let guardian = Guardian::start(&request.program, &instruction)?;
+        Ok(GuardedGuest {
+            plan,
+            then: request.then,
+            temporary,
+            guardian,
+        })
+    }
+
+    /// Creates the image under its temporary name.
+    pub fn create(mut self, target: &Path, may_replace: bool) -> Result<(Self, FileSink)> {
+        match self.make_file(target, may_replace) {
+            Ok(sink) => Ok((self, sink)),
+            Err(error) => {
+                let _ = self.guardian.stand_down();
+                Err(error)
+            }
+        }
+    }
+
+    fn make_file(&mut self, target: &Path, may_replace: bool) -> Result<FileSink> {
+        let sink = match &self.temporary {
+            Some(temporary) => FileSink::create_as(temporary, target, may_replace)?,
+            None => FileSink::create(target, may_replace)?,
+        };
+        let identity = NodeIdentity {
+            dev: sink.identity().device,
+            inode: sink.identity().inode,
+        };
+        self.guardian.temporary(sink.temporary(), identity)?;
+        Ok(sink)
+    }
+
+    /// Sets what a save needs, and stops the guest.
+    pub fn stop(self) -> Result<StoppedGuest> {
+        let Plan {
+            mut qmp,
+            description,
+            settings,
+            run_state,
+            was_running,
+            ..
+        } = self.plan;
+        let from_postmigrate = run_state == RunState::Postmigrate;
+        let stopped = settings.set_for_save(&mut qmp).and_then(|()| {
+            if from_postmigrate {
+                qmp.cont()?;
+            }
+            qmp.stop()
+        });
+        qmp.take_events();
+        let guest = StoppedGuest {
+            qmp,
+            description,
+            settings,
+            before: run_state,
+            was_running,
+            then: self.then,
+            guardian: self.guardian,
+        };
+        match stopped {
+            Ok(()) => Ok(guest),
+            Err(error) => Err(guest.put_back(error.into())),
+        }
+    }
+}
+
+/// A guest that was stopped to be saved, with its guardian.
+pub struct StoppedGuest {
+    qmp: QmpClient,
+    description: Description,
+    settings: SavedSettings,
+    before: RunState,
+    was_running: bool,
+    then: Then,
+    guardian: Guardian,
+}
+
+impl StoppedGuest {
+    /// What is known of the guest.
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// Lets QEMU write its migration stream into a pipe; gives the pipe's other end.
+    pub fn start_migration<'a>(
+        &mut self,
+        timeout: Option<Duration>,
+        progress: &'a dyn Progress,
+    ) -> Result<GuestStream<'a>> {
+        let pipe = |source: rustix::io::Errno| PipelineError::Read(source.into());
+        let (ours, qemus) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(pipe)?;
+        // A larger pipe costs QEMU fewer waits; the default one works too.
+        let _ = rustix::pipe::fcntl_setpipe_size(&ours, PIPE_LEN);
+        self.qmp.getfd(STREAM_NAME, qemus.as_fd())?;
+        drop(qemus);
+        self.qmp.migrate(&format!("fd:{STREAM_NAME}"))?;
+        let deadline = timeout.map(|limit| (Instant::now() + limit, limit));
+        Ok(GuestStream {
+            pipe: File::from(ours),
+            is_ended: false,
+            deadline,
+            progress,
+        })
+    }
+
+    /// Whether QEMU says that all was written, and nobody started the guest meanwhile.
+    pub fn confirm_completed(&mut self) -> Result<()> {
+        let info = self.settled_migration()?;
+        if info.0 != MigrationStatus::Completed {
+            return Err(SaveError::MigrationFailed {
+                status: info.0.to_string(),
+                words: info.1,
+            }
+            .into());
+        }
+        self.confirm_stopped()
+    }
+
+    /// Whether nobody started the guest since it was migrated: what it did then is in no image.
+    pub fn confirm_stopped(&mut self) -> Result<()> {
+        self.qmp.poll_events()?;
+        let resumed = self
+            .qmp
+            .take_events()
+            .iter()
+            .any(|event| event.name == "RESUME");
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            match self.qmp.query_status()? {
+                RunState::Postmigrate if !resumed => return Ok(()),
+                RunState::FinishMigrate if Instant::now() < deadline => pause(),
+                _ => return Err(SaveError::Resumed.into()),
+            }
+        }
+    }
+
+    /// Waits until the migration is over: its status, and QEMU's words if it failed.
+    fn settled_migration(&mut self) -> Result<(MigrationStatus, Option<String>), QmpError> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let info = self.qmp.query_migrate()?;
+            if !info.status.is_active() || Instant::now() > deadline {
+                return Ok((info.status, info.error_desc));
+            }
+            pause();
+        }
+    }
+
+    /// What QEMU says of a stream that it broke off; our own error where it has nothing to say.
+    pub fn explain(&mut self, error: PipelineError, stream: GuestStream<'_>) -> Error {
+        let is_cut_by_qemu = stream.is_ended && matches!(error, PipelineError::Stream(_));
+        if stream.progress.is_cancelled() {
+            return PipelineError::Cancelled.into();
+        }
+        let timed_out = stream.timed_out();
+        drop(stream);
+        if let Some(limit) = timed_out {
+            return SaveError::TimedOut { limit }.into();
+        }
+        if !is_cut_by_qemu {
+            return error.into();
+        }
+        match self.settled_migration() {
+            Ok((MigrationStatus::Completed, _)) => error.into(),
+            Ok((status, words)) => SaveError::MigrationFailed {
+                status: status.to_string(),
+                words,
+            }
+            .into(),
+            Err(gone) if gone.is_gone() => SaveError::QemuEnded.into(),
+            Err(_) => error.into(),
+        }
+    }
+
+    /// Puts the guest back as it was and wraps `why` into the news of how it was left.
+    ///
+    /// What we cannot do the guardian tries again; it is waited for.
+    pub fn put_back(mut self, why: Error) -> Error {
+        let outcome = put_back(&mut self.qmp, &self.settings, self.was_running);
+        let is_resting = matches!(outcome, Ok(RunState::Postmigrate));
+        let StoppedGuest {
+            qmp,
+            description,
+            before,
+            guardian,
+            ..
+        } = self;
+        // QEMU serves one client at a time, and the guardian may be the next.
+        drop(qmp);
+        let settled = match outcome {
+            Err(_) if !description.is_gone() => guardian.abandon().is_ok_and(|it| it.success()),
+            _ => {
+                let _ = guardian.stand_down();
+                true
+            }
+        };
+        let left = match settled {
+            true if description.is_gone() => GuestLeft::Gone,
+            true if is_resting && before != RunState::Postmigrate => GuestLeft::Resting,
+            true => GuestLeft::AsBefore(before),
+            false => GuestLeft::Unknown,
+        };
+        let guest = description.name;
+        SaveError::NotSaved { guest, left, why }.into()
+    }
+
+    /// The rename comes next.
+    ///
+    /// # Errors
+    /// The guardian is gone: then nobody would finish or undo the save if we were killed now.
+    pub fn committing(&mut self) -> Result<()> {
+        Ok(self.guardian.committing()?)
+    }
+
+    /// The image has its name: from here on there is no way back.
+    pub fn published(&mut self) {
+        // A guardian that is gone changes nothing any more.
+        let _ = self.guardian.published();
+    }
+
+    /// Leaves the guest stopped, since its image may be whole; somebody may let it run on, so it gets its settings back.
+    pub fn leave_stopped(mut self, source: io::Error) -> Error {
+        // The news is that the guest is stopped.
+        let _ = self.settings.put_back(&mut self.qmp);
+        let _ = self.guardian.stand_down();
+        SaveError::PublishUnknown {
+            guest: self.description.name,
+            source,
+        }
+        .into()
+    }
+
+    /// Does with the guest what was asked for after the save; tells what became of it.
+    pub fn finish(mut self) -> Result<&'static str> {
+        let (act, done) = match self.then {
+            Then::Quit => ("quit", self.qmp.quit()),
+            Then::Resume => {
+                let back = self.settings.put_back(&mut self.qmp);
+                ("let the guest run on", back.and_then(|()| self.resume()))
+            }
+            Then::Pause => (
+                "take its settings back",
+                self.settings.put_back(&mut self.qmp),
+            ),
+        };
+        let StoppedGuest {
+            qmp,
+            description,
+            guardian,
+            ..
+        } = self;
+        drop(qmp);
+        match done {
+            Ok(()) => drop(guardian.stand_down()),
+            // The guardian knows that the image is published, and tries again.
+            Err(source) if !guardian.abandon().is_ok_and(|it| it.success()) => {
+                let guest = description.name;
+                return Err(SaveError::Then { guest, act, source }.into());
+            }
+            Err(_) => {}
+        }
+        if self.then == Then::Quit {
+            description.wait_until_gone(SETTLE);
+        }
+        Ok(match self.then {
+            Then::Quit if !description.is_gone() => "quitting",
+            Then::Quit => "quit",
+            Then::Resume if self.was_running => "running",
+            Then::Resume | Then::Pause => "stopped",
+        })
+    }
+
+    /// Lets a guest run on that ran before; one that did not stays stopped.
+    fn resume(&mut self) -> Result<(), QmpError> {
+        if self.was_running {
+            self.qmp.cont()
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn pause() {
+    std::thread::sleep(Duration::from_millis(5));
+}
+
+/// QEMU's migration stream, as it comes out of the pipe. Reading ends early when the user cancels or time is up.
+pub struct GuestStream<'a> {
+    pipe: File,
+    /// Whether QEMU has closed its end.
+    is_ended: bool,
+    deadline: Option<(Instant, Duration)>,
+    progress: &'a dyn Progress,
+}
+
+impl GuestStream<'_> {
+    /// The limit that was passed, if it was.
+    fn timed_out(&self) -> Option<Duration> {
+        self.deadline
+            .filter(|(at, _)| Instant::now() >= *at)
+            .map(|(_, limit)| limit)
+    }
+}
+
+impl Read for GuestStream<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        const TICK: Timespec = Timespec {
+            tv_sec: 0,
+            tv_nsec: 100_000_000,
+        };
+        loop {
+            if self.progress.is_cancelled() {
+                return Err(io::Error::other("interrupted"));
+            }
+            if self.timed_out().is_some() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let mut ready = [PollFd::new(&self.pipe, PollFlags::IN)];
+            match poll(&mut ready, Some(&TICK)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+                Ok(_) => {
+                    let len = self.pipe.read(buf)?;
+                    self.is_ended = len == 0 && !buf.is_empty();
+                    return Ok(len);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// The two ends of a new pipe, for tests of what reads a guest's stream.
+#[cfg(test)]
+fn test_pipe() -> (std::os::fd::OwnedFd, std::os::fd::OwnedFd) {
+    rustix::pipe::pipe_with(PipeFlags::CLOEXEC).unwrap()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Silent;
+
+    #[test]
+    fn a_stream_that_stands_still_ends_with_its_deadline() {
+        let (ours, _qemus) = test_pipe();
+        let limit = Duration::from_millis(50);
+        let deadline = Some((Instant::now() + limit, limit));
+        let mut stream = GuestStream {
+            pipe: File::from(ours),
+            is_ended: false,
+            deadline,
+            progress: &Silent,
+        };
+        let error = stream.read(&mut [0; 10]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(stream.timed_out(), Some(limit));
+    }
+}
