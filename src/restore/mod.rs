@@ -1,1 +1,155 @@
-//! (being written)
+//! Restores a guest from an image, eagerly: QEMU gets the whole stream before the guest runs.
+//!
+//! ```text
+//! open → check → launch -S -incoming defer → decode → feed → confirm completed → cont
+//! ```
+//!
+//! Everything that can be refused is refused in `check`, all reasons at once, before QEMU is started. Every chunk is
+//! verified before QEMU gets it, and all of them before the guest runs. A QEMU that does not reach `completed` is
+//! killed; the image stays as it is.
+
+mod check;
+mod error;
+mod incoming;
+
+mod plan;
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+pub use error::RestoreError;
+
+pub use plan::Plan;
+
+use crate::bytes::ReadAt;
+use crate::config::Remap;
+use crate::container::Image;
+use crate::error::{Error, Result};
+use crate::image::OpenedImage;
+use crate::pipeline::{PipedImage, PipelineError};
+use crate::progress::Progress;
+use crate::store::Location;
+use crate::supervise::{self, RunningGuest};
+
+/// What is to be restored, and how.
+#[derive(Debug, Clone)]
+pub struct RestoreRequest {
+    /// The image.
+    pub image: Location,
+    /// The QEMU to use instead of the one that the image names.
+    pub qemu: Option<PathBuf>,
+    /// The name to give the guest here instead of its own.
+    pub name: Option<String>,
+    /// Whether the guest is left paused although it ran.
+    pub paused: bool,
+    /// Other backends for its resources.
+    pub remaps: Vec<Remap>,
+    /// Whether the image may name resources of this host although nobody we trust signed it.
+    pub trust: bool,
+    /// Whether a disk that cannot be proven unchanged is accepted even if it certainly changed.
+    pub accept_changed_disks: bool,
+    /// Workers.
+    pub threads: usize,
+    /// The longest QEMU may take to load the stream once it has all of it.
+    pub timeout: Duration,
+}
+
+/// What a restore gave.
+#[derive(Debug, Clone, Serialize)]
+pub struct RestoreReport {
+    /// The guest's name here.
+    pub name: String,
+    /// Its QEMU process.
+    pub pid: i32,
+    /// The socket of its monitor.
+    pub qmp: PathBuf,
+    /// What its QEMU prints.
+    pub log: PathBuf,
+    /// `running` or `paused`.
+    pub state: String,
+    /// Milliseconds from QEMU's start until the guest ran; `None` if it is paused.
+    pub running_after_ms: Option<u64>,
+    /// Bytes of QEMU's migration stream.
+    pub stream_bytes: u64,
+}
+
+/// Where the stream of a checked plan comes from.
+pub enum Origin<R: Read> {
+    /// An image that can be read at any place.
+    Image(Box<OpenedImage>),
+    /// An image that is just arriving.
+    Pipe(PipedImage<R>),
+}
+
+/// Restores the guest of a checked plan; it runs on in the background.
+///
+/// # Errors
+/// [`RestoreError`], or what a module below it met. QEMU is gone then and the image as it was.
+pub fn restore<R: Read>(
+    plan: &Plan,
+    origin: Origin<R>,
+    progress: &dyn Progress,
+) -> Result<(RestoreReport, RunningGuest)> {
+    if let Origin::Image(image) = &origin {
+        // The guest could do without them, but nothing of a damaged image is restored.
+        image.image().xml()?;
+        image.image().page_map()?;
+    }
+    let start = Instant::now();
+    let mut guest = supervise::launch(plan.launch()?)?;
+    match load_and_run(plan, origin, &mut guest, progress) {
+        Ok((state, stream_bytes)) => {
+            let running_after = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let report = RestoreReport {
+                name: guest.name().to_owned(),
+                pid: guest.pid(),
+                qmp: guest.dir().qmp_socket(),
+                log: guest.dir().log(),
+                running_after_ms: (state == "running").then_some(running_after),
+                state,
+                stream_bytes,
+            };
+            Ok((report, guest))
+        }
+        Err(error) => Err(incoming::explain(error, guest)),
+    }
+}
+
+/// Feeds the stream, waits until QEMU has loaded it, and lets the guest run if it shall. Gives the run state and the
+/// stream's bytes.
+fn load_and_run<R: Read>(
+    plan: &Plan,
+    origin: Origin<R>,
+    guest: &mut RunningGuest,
+    progress: &dyn Progress,
+) -> Result<(String, u64)> {
+    let mut qmp = guest.wait_qmp(plan.timeout())?;
+    let stream_bytes = match origin {
+        Origin::Image(image) => incoming::feed(&mut qmp, image.image(), plan.threads(), progress)
+            .map_err(|error| with_pages(error, image.image()))?,
+        Origin::Pipe(pipe) => incoming::feed_from_pipe(&mut qmp, pipe, plan, progress)?,
+    };
+    incoming::confirm_completed(&mut qmp, plan.timeout())?;
+    if plan.runs_on() {
+        qmp.cont().map_err(|source| RestoreError::NotStarted {
+            guest: guest.name().to_owned(),
+            source,
+        })?;
+    }
+    Ok((qmp.query_status()?.to_string(), stream_bytes))
+}
+
+/// Says which guest memory is damaged, where a chunk is.
+fn with_pages<R: ReadAt>(why: Error, image: &Image<R>) -> Error {
+    let pages = match why.downcast_ref() {
+        Some(PipelineError::Container(error)) => image.damaged_pages(error),
+        _ => None,
+    };
+    match pages {
+        Some(pages) => RestoreError::Damaged { why, pages }.into(),
+        None => why,
+    }
+}

@@ -1,0 +1,179 @@
+//! What the guest needs and what this host has, as values that can be compared.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{TcpListener, ToSocketAddrs, UdpSocket};
+use std::path::Path;
+
+use rustix::fs::Access;
+
+use super::plan::resource;
+use crate::config::compat::{FileFact, Fingerprint, GuestNeeds, HostFacts, QemuVersion};
+use crate::config::{Arguments, ResourceKind, ResourceTable};
+use crate::container::Manifest;
+use crate::error::Result;
+use crate::host::{self, FileIdentity, QemuFacts};
+
+/// What the guest needs once its resources are remapped.
+pub fn needs(manifest: &Manifest, arguments: &[String]) -> Result<GuestNeeds> {
+    let machine = &manifest.machine;
+    let arguments = Arguments::parse(arguments)?;
+    let resources = ResourceTable::from_arguments(&arguments, Some(&machine.machine_type));
+    Ok(GuestNeeds {
+        machine_type: machine.machine_type.clone(),
+        qemu_version: version(&manifest.qemu.version),
+        minimum_qemu: None,
+        accelerator: machine.accelerator.clone(),
+        memory_bytes: machine.memory_bytes,
+        fingerprints: fingerprints(manifest, &resources),
+        resources,
+    })
+}
+
+/// The saved fingerprints by path; a resource that was remapped has none, for it is another by intention.
+fn fingerprints(manifest: &Manifest, now: &ResourceTable) -> BTreeMap<String, Fingerprint> {
+    let mut fingerprints = BTreeMap::new();
+    for kept in &manifest.resources {
+        let (Some(saved), Some(fingerprint)) = (resource(kept), &kept.fingerprint) else {
+            continue;
+        };
+        let now = now.find(saved.kind, &saved.id);
+        let path = now.and_then(|now| now.backend.path.as_ref());
+        if let Some(path) = path.filter(|path| saved.backend.path.as_ref() == Some(path)) {
+            fingerprints.insert(
+                path.clone(),
+                Fingerprint {
+                    device: fingerprint.device,
+                    inode: fingerprint.inode,
+                    size: fingerprint.size,
+                    mtime_ns: fingerprint.mtime_ns,
+                    ctime_ns: fingerprint.ctime_ns,
+                    sha256: fingerprint.sha256.clone(),
+                },
+            );
+        }
+    }
+    fingerprints
+}
+
+fn version(text: &str) -> QemuVersion {
+    let mut numbers = text.split('.').map(|number| number.parse().unwrap_or(0));
+    let mut next = || numbers.next().unwrap_or(0);
+    QemuVersion(next(), next(), next())
+}
+
+/// What this host has of what the guest needs.
+pub fn host_facts(qemu: &QemuFacts, needs: &GuestNeeds, cwd: &Path) -> HostFacts {
+    let machine_types = qemu.machines.iter().map(|machine| machine.name.clone());
+    let accelerators = qemu
+        .accelerators
+        .iter()
+        .filter(|name| *name != "kvm" || host::is_kvm_accessible());
+    let mut facts = HostFacts {
+        qemu_path: qemu.path.display().to_string(),
+        qemu_version: Some(QemuVersion(
+            qemu.version.major,
+            qemu.version.minor,
+            qemu.version.micro,
+        )),
+        machine_types: machine_types.collect(),
+        accelerators: accelerators.cloned().collect(),
+        interfaces: interfaces(),
+        available_memory_bytes: host::available_memory(),
+        ..HostFacts::default()
+    };
+    for resource in &needs.resources.resources {
+        let backend = &resource.backend;
+        let is_socket = backend.kind == "socket" || resource.kind == ResourceKind::Display;
+        if let Some(path) = &backend.path {
+            let saved = needs.fingerprints.get(path);
+            let digest = saved.is_some_and(|saved| saved.sha256.is_some());
+            if is_socket && backend.is_server && is_listened_on(&cwd.join(path)) {
+                facts.busy_sockets.insert(path.clone());
+            }
+            facts
+                .files
+                .insert(path.clone(), file_fact(&cwd.join(path), digest));
+        }
+        facts.busy_ports.extend(
+            backend
+                .listens
+                .iter()
+                .filter(|address| is_busy(address))
+                .cloned(),
+        );
+    }
+    facts
+}
+
+fn file_fact(path: &Path, with_digest: bool) -> FileFact {
+    let Ok(identity) = FileIdentity::of(path) else {
+        return FileFact::Missing;
+    };
+    let may = |access| rustix::fs::access(path, access).is_ok();
+    FileFact::Present {
+        can_read: may(Access::READ_OK),
+        can_write: may(Access::WRITE_OK),
+        fingerprint: Some(Fingerprint {
+            device: identity.dev,
+            inode: identity.inode,
+            size: identity.len,
+            mtime_ns: identity.mtime_ns,
+            ctime_ns: identity.ctime_ns,
+            sha256: if with_digest {
+                host::file_digest(path)
+                    .ok()
+                    .map(|digest| digest.to_string())
+            } else {
+                None
+            },
+        }),
+    }
+}
+
+/// Whether some process listens on a unix socket; a socket nobody listens on is in nobody's way.
+fn is_listened_on(path: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(path).is_ok()
+}
+
+/// Whether an address like `tcp:127.0.0.1:5901` or `udp::5901` cannot be listened on.
+fn is_busy(address: &str) -> bool {
+    let (protocol, address) = address.split_once(':').unwrap_or(("tcp", address));
+    let address = address
+        .strip_prefix(':')
+        .map_or(address.to_owned(), |port| format!("0.0.0.0:{port}"));
+    let Ok(mut addresses) = address.to_socket_addrs() else {
+        return false; // QEMU itself will say what is wrong with it
+    };
+    match protocol {
+        "udp" => addresses.any(|address| UdpSocket::bind(address).is_err()),
+        _ => addresses.any(|address| TcpListener::bind(address).is_err()),
+    }
+}
+
+/// The network interfaces of this host.
+fn interfaces() -> Option<BTreeSet<String>> {
+    let entries = std::fs::read_dir("/sys/class/net").ok()?;
+    Some(
+        entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .collect(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_somebody_listens_on_is_busy_for_its_own_protocol() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(is_busy(&format!("tcp:127.0.0.1:{port}")));
+        assert!(is_busy(&format!("tcp::{port}")));
+        drop(listener);
+        assert!(!is_busy(&format!("tcp:127.0.0.1:{port}")));
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let port = socket.local_addr().unwrap().port();
+        assert!(is_busy(&format!("udp:127.0.0.1:{port}")));
+    }
+}

@@ -1,0 +1,124 @@
+//! Why a guest was not restored.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::compat::Finding;
+use crate::error::{Blame, Error, ErrorKind};
+use crate::qmp::QmpError;
+
+/// Why a guest was not restored. The image is as it was, and no QEMU of ours is left.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Nobody we trust signed the image, and it names resources of this host.
+    #[error(
+        "{guest} was not restored: its image {state}, and restoring it would use resources of this host as its author wants"
+    )]
+    Untrusted {
+        /// The guest.
+        guest: String,
+        /// How the image is signed; reads behind "its image".
+        state: String,
+        /// Each resource that would be used.
+        resources: Vec<String>,
+    },
+    /// This host cannot run the guest.
+    #[error("this host cannot run {guest}{}", first(findings))]
+    CannotRun {
+        /// The guest.
+        guest: String,
+        /// Every reason and every warning.
+        findings: Vec<Finding>,
+    },
+    /// The working directory that the guest's relative paths start from is not there.
+    #[error("the directory {} is missing, from which the paths of {guest} start", path.display())]
+    NoDirectory {
+        /// The guest.
+        guest: String,
+        /// The directory.
+        path: PathBuf,
+    },
+    /// What an image said at its beginning is not what it says at its end.
+    #[error("{guest} was not restored: the image's beginning and end disagree about how it is run")]
+    HeadDiffers {
+        /// The guest.
+        guest: String,
+    },
+    /// A chunk of the image is damaged.
+    #[error("{why}")]
+    Damaged {
+        /// What is wrong with it.
+        why: Error,
+        /// Which guest memory it holds: `RAMBlock "pc.ram", pages 0x6800..0x6a00`.
+        pages: String,
+    },
+    /// All was loaded, but QEMU did not let the guest run.
+    #[error("QEMU does not let {guest} run, which was not restored; its image is as it was")]
+    NotStarted {
+        /// The guest.
+        guest: String,
+        /// QEMU's words.
+        source: QmpError,
+    },
+    /// QEMU said that it could not load the stream.
+    #[error("QEMU did not load the migration stream")]
+    NotLoaded,
+    /// QEMU ended before the guest was loaded.
+    #[error("QEMU could not load {guest}, which was not restored; its image is as it was")]
+    QemuGaveUp {
+        /// The guest.
+        guest: String,
+        /// QEMU's last words.
+        words: String,
+    },
+    /// QEMU did not get ready in time.
+    #[error("QEMU did not load the migration stream within {} s", limit.as_secs())]
+    TimedOut {
+        /// The limit.
+        limit: Duration,
+    },
+    /// The image's stream has to begin with QEMU's magic; QEMU would wait for ever on anything else.
+    #[error("the image holds no migration stream of QEMU")]
+    NotAStream,
+}
+
+/// `: the reason`, if there is exactly one.
+fn first(findings: &[Finding]) -> String {
+    match findings {
+        [finding] => format!(": {}", finding.fact),
+        _ => String::new(),
+    }
+}
+
+impl Blame for RestoreError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            RestoreError::Untrusted { .. } => ErrorKind::Trust,
+            RestoreError::NotAStream | RestoreError::HeadDiffers { .. } => ErrorKind::Image,
+            RestoreError::Damaged { why, .. } => why.kind(),
+            _ => ErrorKind::Host,
+        }
+    }
+
+    fn at(&self) -> Option<String> {
+        match self {
+            RestoreError::Damaged { why, pages } => match why.at() {
+                Some(at) => Some(format!("{at}, {pages}")),
+                None => Some(pages.clone()),
+            },
+            _ => None,
+        }
+    }
+
+    fn facts(&self) -> Vec<String> {
+        match self {
+            RestoreError::Untrusted { resources, .. } => resources.clone(),
+            RestoreError::CannotRun { findings, .. } if findings.len() > 1 => findings
+                .iter()
+                .map(|finding| format!("{} [{}]", finding.fact, finding.code))
+                .collect(),
+            RestoreError::QemuGaveUp { words, .. } if !words.is_empty() => vec![words.clone()],
+            _ => Vec::new(),
+        }
+    }
+}
