@@ -1,8 +1,117 @@
-//! (being written)
+//! The command line: one file a subcommand, with its arguments, the call, and what it prints.
+//!
+//! Answers go to stdout, everything else to stderr through `Ui`. Nobody imports this module but `main`.
+
+mod completion;
+mod demo;
+mod doctor;
+mod hint;
+mod inspect;
+mod list;
+mod repair;
+mod restore;
+mod save;
+mod stop;
+mod ui;
+mod verify;
 
 use std::process::ExitCode;
 
-/// Runs the program.
+use clap::{CommandFactory, Parser, Subcommand};
+
+use ui::Ui;
+
+/// Stows a running QEMU guest in one file and brings it back, here or on another host.
+///
+/// An image (.stow) holds QEMU's migration stream, the guest's configuration and a digest of every byte. Stock tools
+/// read it: `zstd -dc x.stow` gives QEMU's stream back.
+#[derive(Debug, Parser)]
+#[command(name = "vmstow", version, max_term_width = 110, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(flatten)]
+    output: ui::OutputArgs,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0 done, 1 failed, 2 usage, 3 image damaged or incomplete, 4 this host, its QEMU or a changed
+  resource, 5 remote, 6 refused for trust, 130 interrupted (the guest was put back)";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Save(save::SaveArgs),
+    Restore(restore::RestoreArgs),
+    Inspect(inspect::InspectArgs),
+    Verify(verify::VerifyArgs),
+    Repair(repair::RepairArgs),
+    List(list::ListArgs),
+    Stop(stop::StopArgs),
+    Doctor(doctor::DoctorArgs),
+    Demo(demo::DemoArgs),
+    Completion(completion::CompletionArgs),
+    Man(completion::ManArgs),
+    /// Watches over a save; started by `vmstow save` itself.
+    #[command(name = "__guardian", hide = true)]
+    Guardian,
+}
+
+/// Runs the program and gives its exit code.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let cli = Cli::parse();
+    if matches!(cli.command, Command::Guardian) {
+        return crate::supervise::run_guardian();
+    }
+    let ui = Ui::new(&cli.output);
+    let done = match cli.command {
+        Command::Save(args) => save::run(args, &ui),
+        Command::Restore(args) => restore::run(args, &ui),
+        Command::Inspect(args) => inspect::run(&args, &ui),
+        Command::Verify(args) => verify::run(&args, &ui),
+        Command::Repair(args) => repair::run(&args, &ui),
+        Command::List(args) => list::run(&args, &ui),
+        Command::Stop(args) => stop::run(&args, &ui),
+        Command::Doctor(args) => doctor::run(&args, &ui),
+        Command::Demo(args) => demo::run(&args, &ui),
+        Command::Completion(args) => completion::run(&args, Cli::command()),
+        Command::Man(args) => completion::run_man(&args, Cli::command()),
+        Command::Guardian => Ok(ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|failure| ui.fail(&failure))
+}
+
+/// What a subcommand gives: an exit code, or what to tell the user.
+type Outcome = Result<ExitCode, Failure>;
+
+/// An error together with what it is about.
+#[derive(Debug)]
+struct Failure {
+    error: crate::error::Error,
+    /// The image the error is about, as the user named it.
+    image: Option<String>,
+}
+
+impl<E: Into<crate::error::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Failure {
+            error: error.into(),
+            image: None,
+        }
+    }
+}
+
+/// Says which image an error is about.
+trait About<T> {
+    fn about(self, image: &dyn std::fmt::Display) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<crate::error::Error>> About<T> for Result<T, E> {
+    fn about(self, image: &dyn std::fmt::Display) -> Result<T, Failure> {
+        self.map_err(|error| Failure {
+            error: error.into(),
+            image: Some(image.to_string()),
+        })
+    }
 }

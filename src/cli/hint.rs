@@ -1,0 +1,202 @@
+//! The words around an error: what failed, where, why, and what to try next.
+
+use std::io;
+
+use crate::config::ConfigError;
+use crate::container::ContainerError;
+use crate::error::Error;
+use crate::host::HostError;
+use crate::image::ImageError;
+use crate::pipeline::PipelineError;
+use crate::qmp::QmpError;
+use crate::restore::RestoreError;
+use crate::save::SaveError;
+use crate::store::StoreError;
+use crate::stream::StreamError;
+
+/// The sentence behind `error:`.
+pub fn headline(error: &Error, image: Option<&str>) -> String {
+    let image = match image {
+        Some("-") | None => "the image",
+        Some(image) => image,
+    };
+    match container_error(error) {
+        Some(ContainerError::NoFooter { .. } | ContainerError::TooShort { .. }) => {
+            format!("{image} is not complete: {error}")
+        }
+        Some(
+            ContainerError::UnsupportedVersion { .. }
+            | ContainerError::UnknownIncompatible { .. }
+            | ContainerError::UnknownCritical { .. },
+        ) => {
+            format!("{image} cannot be read by this program: {error}")
+        }
+        Some(ContainerError::Write { .. }) => format!("{image} could not be written"),
+        Some(_) if error.downcast_ref::<SaveError>().is_none() => {
+            format!("{image} is damaged: {error}")
+        }
+        _ => other_headline(error, image),
+    }
+}
+
+fn other_headline(error: &Error, image: &str) -> String {
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(ImageError::BareStream), _) => {
+            format!("{image} is not complete, or no image: {error}")
+        }
+        (Some(ImageError::NotAnImage), _) => format!("{image} cannot be used: {error}"),
+        (Some(ImageError::Read(_)), _) => format!("{image} cannot be used: {error}"),
+        (_, Some(StreamError::Truncated { .. })) => {
+            format!("{image} cannot be read to its end: {error}")
+        }
+        (_, Some(_)) => format!("{image} is not a migration stream we can read: {error}"),
+        _ => error.to_string(),
+    }
+}
+
+/// The place behind `at:`.
+pub fn place(error: &Error) -> Option<String> {
+    error.at()
+}
+
+/// The lines behind `why:`.
+pub fn facts(error: &Error) -> Vec<String> {
+    let mut facts = error.facts();
+    for cause in error.causes().map(ToString::to_string) {
+        if !facts.contains(&cause) {
+            facts.push(cause);
+        }
+    }
+    facts
+}
+
+/// What to do now, behind `try:`.
+pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
+    let image = image.filter(|image| *image != "-").unwrap_or("IMAGE");
+    if let Some(advice) = error.downcast_ref().and_then(save_advice) {
+        return Some(advice);
+    }
+    if let Some(advice) = error.downcast_ref().and_then(restore_advice) {
+        return Some(advice);
+    }
+    if let Some(advice) = container_error(error).and_then(|error| container_advice(error, image)) {
+        return Some(advice);
+    }
+    let text = match (
+        error.downcast_ref::<HostError>(),
+        error.downcast_ref::<StoreError>(),
+        error.downcast_ref::<ConfigError>(),
+    ) {
+        (Some(HostError::NoMonitor { .. }), ..) => {
+            "start QEMU with -qmp unix:/path/to/monitor.sock,server=on,wait=off, then use qmp:/path/to/monitor.sock"
+        }
+        (Some(HostError::NoListener { .. }), ..) => {
+            "vmstow has to run on the guest's host, as the guest's user or as root"
+        }
+        (Some(HostError::NoQemu { .. }), ..) => {
+            "install QEMU (Debian: qemu-system-x86), or name one with --qemu"
+        }
+        (Some(HostError::NoSuchGuest { .. }), ..) => {
+            "`vmstow list` shows the guests that vmstow runs"
+        }
+        (_, Some(StoreError::Exists { .. }), _) => "choose another name, or give --replace",
+        (_, Some(StoreError::Terminal), _) => "name a file, or pipe the output somewhere",
+        (.., Some(ConfigError::Refused { .. })) => "`vmstow inspect` lists what the guest has",
+        _ => return image_advice(error, image).or_else(|| busy(error)),
+    };
+    Some(text.to_owned())
+}
+
+fn image_advice(error: &Error, image: &str) -> Option<String> {
+    match error.downcast_ref()? {
+        ImageError::BareStream => Some(format!(
+            "`vmstow inspect {image}` reads a bare stream; if this was an image with --layout raw, it was cut off: copy it again"
+        )),
+        ImageError::NotAnImage | ImageError::Read(_) => None,
+    }
+}
+
+fn busy(error: &Error) -> Option<String> {
+    match error.downcast_ref()? {
+        QmpError::MonitorBusy { .. } => Some("end the other client, or give QEMU one more monitor: -qmp unix:/path/to/other.sock,server=on,wait=off".to_owned()),
+        QmpError::Connect { .. } => Some("is the guest running, and is that the socket of its -qmp option?".to_owned()),
+        _ => None,
+    }
+}
+
+fn container_error(error: &Error) -> Option<&ContainerError> {
+    if let Some(RestoreError::Damaged { why, .. }) = error.downcast_ref() {
+        return container_error(why);
+    }
+    match error.downcast_ref() {
+        Some(PipelineError::Container(error)) => Some(error),
+        _ => error.downcast_ref(),
+    }
+}
+
+fn container_advice(error: &ContainerError, image: &str) -> Option<String> {
+    Some(match error {
+        ContainerError::NoFooter { .. } | ContainerError::TooShort { .. } => {
+            "the save is still running or was cut off; wait for it or save again".to_owned()
+        }
+        ContainerError::HashMismatch { .. }
+        | ContainerError::ChunkCrc { .. }
+        | ContainerError::NotAFrame { .. }
+        | ContainerError::RawLength { .. } => {
+            format!("copy the image again; `vmstow verify {image}` lists every damaged chunk")
+        }
+        ContainerError::UnsupportedVersion { .. }
+        | ContainerError::UnknownIncompatible { .. }
+        | ContainerError::UnknownCritical { .. } => "use a newer vmstow".to_owned(),
+        ContainerError::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            "make room, or save to another place".to_owned()
+        }
+        ContainerError::Read { .. } | ContainerError::Write { .. } => return None,
+        _ => format!("copy the image again; `vmstow verify {image}` says more"),
+    })
+}
+
+fn save_advice(error: &SaveError) -> Option<String> {
+    Some(match error {
+        SaveError::NotSaved { why, .. } => return advice(why, None),
+        SaveError::MigrationActive { .. } => "wait until that migration has ended, or cancel it (QMP migrate_cancel)".to_owned(),
+        SaveError::Blocked { .. } => "detach the device, save, attach it again after the restore".to_owned(),
+        SaveError::NotRestorable { .. } => "start the guest without these arguments, or save it with a tool that keeps what they refer to".to_owned(),
+        SaveError::RunState { state: crate::qmp::RunState::Postmigrate, .. } => {
+            "it was migrated and its other copy may run; if not, give --from-postmigrate".to_owned()
+        }
+        SaveError::RunState { .. } => "wait until that is over (QMP query-status tells), then save".to_owned(),
+        SaveError::NoSpace { .. } => "make room, or use --layout zstd".to_owned(),
+        SaveError::MigrationFailed { .. } => "QEMU's own log may say more; then save again".to_owned(),
+        SaveError::Resumed => "make sure that nothing else steers this guest, then save again".to_owned(),
+        SaveError::TimedOut { .. } => "give a longer --timeout".to_owned(),
+        SaveError::PublishUnknown { .. } => "look whether the image is there and verifies: then end the guest's QEMU, else let it run on (QMP cont)".to_owned(),
+        SaveError::Then { .. } => "tell QEMU yourself, by its monitor".to_owned(),
+        SaveError::NotASource { .. } => "vmstow save qmp:/path/to/monitor.sock IMAGE".to_owned(),
+        _ => return None,
+    })
+}
+
+fn restore_advice(error: &RestoreError) -> Option<String> {
+    Some(match error {
+        RestoreError::Untrusted { .. } => {
+            "if you trust whoever made the image, give --trust, or put their key into ~/.config/vmstow/allowed_signers; else give each resource with --remap".to_owned()
+        }
+        RestoreError::CannotRun { findings, .. } => {
+            let fixes: Vec<_> = findings.iter().filter_map(|finding| finding.fix.clone()).collect();
+            if fixes.is_empty() {
+                return None;
+            }
+            let mut unique: Vec<String> = Vec::new();
+            fixes.into_iter().for_each(|fix| if !unique.contains(&fix) { unique.push(fix) });
+            format!("give {}", unique.join(" and "))
+        }
+        RestoreError::NoDirectory { .. } => "make the directory; the guest's relative paths start there".to_owned(),
+        RestoreError::QemuGaveUp { .. } | RestoreError::NotLoaded => "use the QEMU that the guest was saved from, or a newer one, with --qemu".to_owned(),
+        RestoreError::NotStarted { source, .. } if source.to_string().contains("lock") => {
+            "another QEMU uses this disk: end it, or give this guest a disk of its own with --remap disk:ID=PATH".to_owned()
+        }
+        RestoreError::TimedOut { .. } => "give a longer --timeout".to_owned(),
+        _ => return None,
+    })
+}

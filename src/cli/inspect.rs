@@ -1,0 +1,220 @@
+//! `vmstow inspect`
+
+use std::fmt::Write;
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::Value;
+
+use super::ui::{Ui, printable};
+use super::{About, Outcome};
+use crate::container::manifest::Resource;
+use crate::error::Error;
+use crate::image::{self, ImageError};
+use crate::inspect::{self, ImageDescription, StreamDescription};
+use crate::store::Location;
+use crate::units::human_bytes;
+
+/// Show what an image holds
+///
+/// Reads the footer, the directory and the manifest only, however large the guest is. A bare migration stream of QEMU
+/// (`migrate file:`) can be inspected too; it is read to its end.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The image, or a bare migration stream
+    image: Location,
+
+    /// Print the guest's domain XML
+    #[arg(long)]
+    xml: bool,
+}
+
+/// Prints the description.
+pub fn run(args: &InspectArgs, ui: &Ui) -> Outcome {
+    let opened = match image::open(&args.image) {
+        Err(error) if is_bare_stream(&error) => return inspect_stream(args, ui),
+        other => other.about(&args.image)?,
+    };
+    if args.xml {
+        ui.print(&opened.image().xml().about(&args.image)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let description = inspect::describe(&opened).about(&args.image)?;
+    ui.answer(&description, human)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn is_bare_stream(error: &Error) -> bool {
+    matches!(error.downcast_ref(), Some(ImageError::BareStream))
+}
+
+fn inspect_stream(args: &InspectArgs, ui: &Ui) -> Outcome {
+    let path = args
+        .image
+        .path()
+        .ok_or(ImageError::BareStream)
+        .about(&args.image)?;
+    let (description, broken) = inspect::describe_stream(path, ui).about(&args.image)?;
+    ui.answer(&description, human_stream)?;
+    match broken {
+        Some(error) => Err(error).about(&args.image),
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Rows of `name: value`.
+struct Rows(String);
+
+impl Rows {
+    fn row(&mut self, name: &str, value: impl std::fmt::Display) {
+        let name = if name.is_empty() {
+            String::new()
+        } else {
+            format!("{name}:")
+        };
+        let _ = writeln!(
+            self.0,
+            "{name:>10} {}",
+            printable(&value.to_string()).replace('\n', "\\n")
+        );
+    }
+}
+
+fn human(description: &ImageDescription) -> String {
+    let manifest = &description.manifest;
+    let mut rows = Rows(String::new());
+    let uuid = manifest
+        .guest
+        .uuid
+        .map_or(String::new(), |uuid| format!(" ({uuid})"));
+    rows.row("guest", format!("{}{uuid}", manifest.guest.name));
+    rows.row(
+        "saved",
+        format!(
+            "{}, {} at the time",
+            manifest.saved_at, manifest.guest.run_state
+        ),
+    );
+    rows.row(
+        "machine",
+        format!(
+            "{}, {} vCPU, {}",
+            manifest.machine.machine_type, manifest.machine.vcpus, manifest.machine.accelerator
+        ),
+    );
+    rows.row("memory", memory(description));
+    rows.row(
+        "qemu",
+        format!("{} ({})", manifest.qemu.version, manifest.qemu.binary),
+    );
+    for (index, resource) in manifest.resources.iter().enumerate() {
+        rows.row(
+            if index == 0 { "resources" } else { "" },
+            resource_line(resource),
+        );
+    }
+    rows.row("devices", format!("{} sections", manifest.sections.len()));
+    for (index, (key, value)) in description.labels().iter().enumerate() {
+        rows.row(
+            if index == 0 { "labels" } else { "" },
+            format!("{key}={value}"),
+        );
+    }
+    rows.row(
+        "image",
+        format!(
+            "{}, layout {}, format {}, generation {}, {} chunks",
+            human_bytes(description.file_bytes),
+            description.layout,
+            description.format_version,
+            description.generation,
+            description.chunks
+        ),
+    );
+    rows.row("digest", &description.image_digest);
+    rows.row("trust", format!("it {}", description.trust));
+    if let Some(bytes) = description.torn_bytes {
+        rows.row(
+            "damage",
+            format!(
+                "its last edit was cut off: {} of no use at its end; `vmstow repair` cuts them",
+                human_bytes(bytes)
+            ),
+        );
+    }
+    rows.0
+}
+
+fn memory(description: &ImageDescription) -> String {
+    let total = human_bytes(description.manifest.machine.memory_bytes);
+    match &description.manifest.stream {
+        Some(stream) => format!(
+            "{total}, {} of it not zero",
+            human_bytes(stream.data_pages.saturating_mul(4096))
+        ),
+        None => total,
+    }
+}
+
+/// `disk disk0 (virtio-blk-pci): /srv/web01.qcow2`
+fn resource_line(resource: &Resource) -> String {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
+    let frontend =
+        text(resource.frontend.as_ref()).map_or(String::new(), |frontend| format!(" ({frontend})"));
+    let kind = text(resource.backend.get("type")).unwrap_or_default();
+    let backend = text(resource.backend.get("path")).unwrap_or(kind);
+    let read_only = if resource.read_only {
+        ", read-only"
+    } else {
+        ""
+    };
+    format!(
+        "{} {}{frontend}: {backend}{read_only}",
+        resource.kind, resource.id
+    )
+}
+
+fn human_stream(description: &StreamDescription) -> String {
+    let contents = &description.contents;
+    let mut rows = Rows(String::new());
+    rows.row(
+        "stream",
+        format!(
+            "{}, {}: a bare migration stream, no image",
+            description.stream,
+            human_bytes(description.bytes)
+        ),
+    );
+    rows.row(
+        "machine",
+        description.machine_type.as_deref().unwrap_or("not named"),
+    );
+    rows.row(
+        "run state",
+        description.run_state.as_deref().unwrap_or("not named"),
+    );
+    let data = human_bytes(contents.data_pages.saturating_mul(4096));
+    let zero = human_bytes(contents.zero_pages.saturating_mul(4096));
+    rows.row("pages", format!("{data} with bytes, {zero} zero"));
+    for (index, (idstr, bytes)) in contents.ram_blocks.iter().enumerate() {
+        rows.row(
+            if index == 0 { "blocks" } else { "" },
+            format!("{idstr} {}", human_bytes(*bytes)),
+        );
+    }
+    if !description.is_whole {
+        rows.row(
+            "",
+            "(the stream breaks here; nothing is known of what follows)",
+        );
+        return rows.0;
+    }
+    rows.row("devices", contents.devices.join(", "));
+    if !description.vmdescription {
+        rows.row(
+            "",
+            "(the stream has no JSON about its devices: their sizes are not known)",
+        );
+    }
+    rows.0
+}

@@ -1,0 +1,253 @@
+//! `vmstow restore`
+
+use std::io::{BufRead, BufReader, Stdin};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+
+use super::ui::{Ui, threads};
+use super::{About, Failure, Outcome};
+use crate::config::remap::{Selector, Target};
+use crate::config::{ConfigError, Remap};
+use crate::container::{ContainerError, Manifest};
+use crate::image::{self, Trust};
+use crate::pipeline::{self, PipedImage, begins_with_head};
+use crate::progress::Progress;
+use crate::restore::{self, Origin, Plan, RestoreReport, RestoreRequest};
+use crate::store::{Location, StoreError};
+use crate::supervise::RunningGuest;
+use crate::units::FileOffset;
+
+/// Bring a guest back from its image
+///
+/// A QEMU is started with the guest's own arguments and given the image; every chunk is verified before QEMU gets it,
+/// and all of them before the guest runs. The guest runs on in the background: see `vmstow list`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct RestoreArgs {
+    /// The image; - reads standard input
+    image: Location,
+
+    /// Leave the guest paused
+    #[arg(long)]
+    paused: bool,
+
+    /// Use this QEMU instead of the one the guest was saved from
+    #[arg(long, value_name = "PATH")]
+    qemu: Option<PathBuf>,
+
+    /// Give the guest another name here
+    #[arg(long)]
+    name: Option<String>,
+
+    /// Give a resource another backend; the guest does not notice. May be given several times
+    ///
+    /// disk:ID=PATH, disk:/old/prefix/=/new/, cdrom:ID=PATH|eject, net:ID=user|tap=NAME|bridge=NAME,
+    /// chardev:ID=file:PATH|unix:PATH|pty|null. `vmstow inspect` lists the ids; * means all.
+    #[arg(long = "remap", value_name = "KIND:ID=TARGET", value_parser = remap)]
+    remaps: Vec<Remap>,
+
+    /// Let the image use resources of this host although nobody you trust signed it
+    #[arg(long)]
+    trust: bool,
+
+    /// Restore although a disk changed since the save; the guest's file systems may break
+    #[arg(long)]
+    accept_changed_disks: bool,
+
+    /// Stay, and end the guest with Ctrl-C
+    #[arg(long)]
+    foreground: bool,
+
+    /// Only check, and say what stands against a restore
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Only check, and print the QEMU command
+    #[arg(long)]
+    print_command: bool,
+
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N", value_parser = threads)]
+    threads: Option<usize>,
+
+    /// How long QEMU may take to start, and to load what it was given
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    timeout: u64,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vmstow restore web01.stow
+  vmstow restore web01.stow --remap disk:disk0=/srv/web01.qcow2 --remap net:net0=user
+  ssh host cat web01.stow | vmstow restore - --trust";
+
+fn remap(text: &str) -> Result<Remap, String> {
+    let parsed: Result<Remap, ConfigError> = text.parse();
+    let mut remap = parsed.map_err(|error| error.to_string())?;
+    // The guest's own relative paths start where its QEMU was started; what the user names starts here.
+    if let Target::Path { path, .. } | Target::File(path) | Target::Unix(path) = &mut remap.target {
+        let absolute = std::path::absolute(&*path).map_err(|error| error.to_string())?;
+        let is_file = !path.contains(':') && !matches!(remap.selector, Selector::Prefix(_));
+        if let (true, Some(absolute)) = (is_file, absolute.to_str()) {
+            absolute.clone_into(path);
+        }
+    }
+    Ok(remap)
+}
+
+/// Restores, or says what a restore would do.
+pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
+    let request = RestoreRequest {
+        image: args.image.clone(),
+        qemu: args.qemu,
+        name: args.name,
+        paused: args.paused,
+        remaps: args.remaps,
+        trust: args.trust,
+        accept_changed_disks: args.accept_changed_disks,
+        threads: args.threads.unwrap_or_else(pipeline::default_threads),
+        timeout: Duration::from_secs(args.timeout),
+    };
+    let (manifest, trust, origin) = origin(&args.image, request.trust, ui)?;
+    let plan = Plan::check(manifest, &trust, &request).about(&args.image)?;
+    for warning in plan.warnings() {
+        ui.warn(&format!("{} [{}]", warning.fact, warning.code));
+    }
+    if args.print_command || args.dry_run {
+        return print_plan(&plan, args.print_command, ui);
+    }
+    let (report, guest) = restore::restore(&plan, origin, ui).about(&args.image)?;
+    ui.answer(&report, restored)?;
+    if args.foreground {
+        stay(guest, ui)
+    } else {
+        leave(guest)
+    }
+}
+
+/// Opens the image. One from a pipe is passed on to QEMU while it arrives, if the user trusts it; otherwise it has to be
+/// read to its end first, since its signature stands there.
+fn origin(
+    location: &Location,
+    is_trusted: bool,
+    ui: &Ui,
+) -> Result<(Manifest, Trust, Origin<BufReader<Stdin>>), Failure> {
+    let mut stdin = BufReader::with_capacity(1 << 16, std::io::stdin());
+    let opened = match location {
+        Location::Pipe => {
+            let begins = stdin.fill_buf().map_err(|source| StoreError::Pipe {
+                act: "read",
+                source,
+            })?;
+            if is_trusted && begins_with_head(begins) {
+                let piped = PipedImage::begin(stdin).about(location)?;
+                let manifest = Manifest::from_json(piped.head().about(location)?.manifest_json);
+                let at = FileOffset(0);
+                let manifest = manifest.map_err(|source| ContainerError::Manifest { at, source });
+                return Ok((
+                    manifest.about(location)?,
+                    Trust::Unsigned,
+                    Origin::Pipe(piped),
+                ));
+            }
+            image::open_pipe(&mut stdin).about(location)?
+        }
+        Location::Path(_) => image::open(location).about(location)?,
+    };
+    if opened.torn().is_some() {
+        ui.warn("the image's last edit was cut off; the generation before it is restored");
+    }
+    let manifest = opened.image().manifest().about(location)?;
+    let trust = Trust::of(opened.image()).about(location)?;
+    Ok((manifest, trust, Origin::Image(Box::new(opened))))
+}
+
+fn print_plan(plan: &Plan, with_command: bool, ui: &Ui) -> Outcome {
+    let command = plan.command()?;
+    let document = json!({ "name": plan.name(), "argv": command, "warnings": plan.warnings() });
+    ui.answer(&document, |_| {
+        if with_command {
+            shell_words(&command)
+        } else {
+            format!("{} can be restored here\n", plan.name())
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn restored(report: &RestoreReport) -> String {
+    let state = match report.running_after_ms {
+        Some(ms) => format!("runs after {ms} ms"),
+        None => format!("is {}", report.state),
+    };
+    format!(
+        "restored {}: it {state}, pid {}, monitor {}\n",
+        report.name,
+        report.pid,
+        report.qmp.display()
+    )
+}
+
+fn leave(guest: RunningGuest) -> Outcome {
+    guest.keep();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Waits until the guest ends by itself, or ends it when the user interrupts.
+fn stay(mut guest: RunningGuest, ui: &Ui) -> Outcome {
+    while guest.check_runs().is_ok() {
+        if ui.is_cancelled() {
+            guest.kill()?;
+            return Ok(ExitCode::from(130));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    guest.kill()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The words of a command as a POSIX shell takes them, one option a line.
+fn shell_words(command: &[String]) -> String {
+    let is_plain = |word: &str| {
+        !word.is_empty()
+            && word
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_./:=,@%+".contains(&b))
+    };
+    let quoted = |word: &String| {
+        if is_plain(word) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
+    };
+    let mut text = String::new();
+    for (index, word) in command.iter().enumerate() {
+        let separator = match (index, word.starts_with('-')) {
+            (0, _) => "",
+            (_, true) => " \\\n    ",
+            (_, false) => " ",
+        };
+        text.push_str(separator);
+        text.push_str(&quoted(word));
+    }
+    text + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_printed_command_can_be_pasted_into_a_shell() {
+        let command = ["qemu", "-name", "it's", "-append", "a b", "-S"].map(str::to_owned);
+        assert_eq!(
+            shell_words(&command),
+            "qemu \\\n    -name 'it'\\''s' \\\n    -append 'a b' \\\n    -S\n"
+        );
+    }
+}

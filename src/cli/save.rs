@@ -1,0 +1,223 @@
+//! `vmstow save`
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::ui::{Ui, threads};
+use super::{About, Outcome};
+use crate::codec;
+use crate::container::Layout;
+use crate::host::keys::SigningKey;
+use crate::pipeline::{self, Encoding};
+use crate::progress::Progress;
+use crate::save::{self, Plan, PlanReport, SaveReport, SaveRequest, Source, Then};
+use crate::store::{Location, StoreError};
+use crate::units::human_bytes;
+
+/// Save a running guest to an image
+///
+/// The guest is stopped, its whole state is written to IMAGE, and its QEMU ends once the image is complete and safe on
+/// the disk: from then on the image is the guest. Whatever fails before puts the guest back as it was.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct SaveArgs {
+    /// The guest: qmp:/path/to/monitor.sock, pid:NUMBER, or the name of a guest that vmstow runs
+    source: Source,
+
+    /// The image to write; - writes to standard output
+    image: Location,
+
+    /// How the image is laid out
+    #[arg(long, default_value = "zstd")]
+    layout: LayoutArg,
+
+    /// zstd's level, -50 (fastest) to 19 (smallest)
+    #[arg(long, value_name = "N", default_value_t = codec::DEFAULT_LEVEL, allow_negative_numbers = true,
+          value_parser = clap::value_parser!(i32).range(-50..=19))]
+    level: i32,
+
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N", value_parser = threads)]
+    threads: Option<usize>,
+
+    /// What becomes of the guest once its image is complete
+    #[arg(long, default_value = "quit")]
+    then: ThenArg,
+
+    /// Keep a label in the image; may be given several times
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    labels: Vec<(String, String)>,
+
+    /// Replace IMAGE if it exists
+    #[arg(long)]
+    replace: bool,
+
+    /// Save a guest that rests after a completed migration: it is let run for a moment first
+    #[arg(long)]
+    from_postmigrate: bool,
+
+    /// Read every disk to its end, so that a restore can prove that it did not change
+    #[arg(long)]
+    disk_digest: bool,
+
+    /// Do not sign the image; only --trust restores it then
+    #[arg(long)]
+    no_sign: bool,
+
+    /// Give up, and put the guest back, if saving takes longer
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+
+    /// Only say what would be done, and what stands against it; touches nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vmstow save qmp:/run/web01.sock web01.stow
+  vmstow save pid:4711 web01.stow --then resume --label ticket=1234
+  vmstow save web01 - | ssh host 'cat > web01.stow'
+
+A QEMU started by hand needs a monitor: -qmp unix:/path/to/monitor.sock,server=on,wait=off";
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LayoutArg {
+    /// Compressed; `zstd -dc` gives QEMU's stream back
+    Zstd,
+    /// QEMU's stream as it is; `-incoming file:IMAGE` reads it
+    Raw,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ThenArg {
+    /// QEMU ends: the image is the guest
+    Quit,
+    /// The guest runs on; its disks go on changing, so the image soon no longer fits them
+    Resume,
+    /// The guest stays stopped
+    Pause,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("a label is KEY=VALUE".to_owned()),
+    }
+}
+
+/// Saves, or says what a save would do.
+pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
+    let is_pipe = args.image == Location::Pipe;
+    if is_pipe && !args.dry_run && std::io::IsTerminal::is_terminal(&std::io::stdout()) {
+        return Err(StoreError::Terminal.into());
+    }
+    let key = if args.no_sign || args.dry_run {
+        None
+    } else {
+        Some(SigningKey::load_or_create()?)
+    };
+    let program = std::env::current_exe().map_err(|source| StoreError::File {
+        act: "find",
+        path: "/proc/self/exe".into(),
+        source,
+    })?;
+    let request = SaveRequest {
+        source: args.source,
+        target: args.image.clone(),
+        may_replace: args.replace,
+        encoding: Encoding {
+            layout: match args.layout {
+                LayoutArg::Zstd => Layout::Zstd,
+                LayoutArg::Raw => Layout::Raw,
+            },
+            level: args.level,
+            chunk_len: pipeline::DEFAULT_CHUNK_LEN,
+            threads: args.threads.unwrap_or_else(pipeline::default_threads),
+        },
+        then: match args.then {
+            ThenArg::Quit => Then::Quit,
+            ThenArg::Resume => Then::Resume,
+            ThenArg::Pause => Then::Pause,
+        },
+        labels: args.labels.into_iter().collect::<BTreeMap<_, _>>(),
+        from_postmigrate: args.from_postmigrate,
+        timeout: args.timeout.map(Duration::from_secs),
+        digest_disks: args.disk_digest,
+        key,
+        program,
+    };
+    if args.dry_run {
+        let plan = Plan::look(&request).about(&args.image)?;
+        ui.answer(plan.report(), dry_run)?;
+        plan.judge(&request).about(&args.image)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if args_resume_writes(&request) {
+        ui.warn("the guest runs on and its disks go on changing: the image fits them only as they are at this moment");
+    }
+    let report = save::save(&request, ui).about(&args.image)?;
+    if is_pipe {
+        ui.note(&saved(&report).trim_end());
+    } else {
+        ui.answer(&report, saved)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn args_resume_writes(request: &SaveRequest) -> bool {
+    request.then == Then::Resume
+}
+
+fn saved(report: &SaveReport) -> String {
+    let what = match report.guest {
+        "quit" => "its QEMU has ended",
+        "quitting" => "its QEMU was told to quit and has not ended yet",
+        "running" => "it runs on",
+        _ => "it stays stopped",
+    };
+    format!(
+        "saved {} to {}: {} of memory in {}; {what} after {:.2} s\n",
+        report.name,
+        report.image,
+        human_bytes(report.memory_bytes),
+        human_bytes(report.file_bytes),
+        Duration::from_millis(report.stopped_ms).as_secs_f64()
+    )
+}
+
+fn dry_run(plan: &PlanReport) -> String {
+    let mut text = String::new();
+    let mut row = |name: &str, value: &str| {
+        let _ = writeln!(text, "{name:>9}: {value}");
+    };
+    row("guest", &format!("{} ({})", plan.name, plan.run_state));
+    row("qemu", &format!("{}, machine {}", plan.qemu, plan.machine));
+    let resident = plan.resident_bytes.map_or(String::new(), |bytes| {
+        format!(", {} in use by its QEMU", human_bytes(bytes))
+    });
+    row(
+        "memory",
+        &format!("{}{resident}", human_bytes(plan.memory_bytes)),
+    );
+    if let Some(free) = plan.free_bytes {
+        row(
+            "free",
+            &format!("{} where the image is to go", human_bytes(free)),
+        );
+    }
+    for blocker in &plan.blockers {
+        row("blocked", blocker);
+    }
+    for reason in &plan.not_restorable {
+        row("blocked", reason);
+    }
+    if plan.blockers.is_empty() && plan.not_restorable.is_empty() {
+        row("blocked", "by nothing");
+    }
+    text
+}
