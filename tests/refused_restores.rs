@@ -97,3 +97,82 @@ fn a_name_that_no_guest_may_have_is_refused() {
     }
     nothing_is_left(&dir);
 }
+
+fn qemu_img(dir: &TestDir, arguments: &str) {
+    let mut command = std::process::Command::new("qemu-img");
+    command
+        .args(arguments.split_whitespace())
+        .current_dir(dir.path());
+    let output = command
+        .output()
+        .expect("qemu-img (Debian package qemu-utils)");
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn every_file_behind_an_overlay_is_recognised() {
+    let dir = TestDir::new();
+    qemu_img(&dir, "create -f raw base.img 4M");
+    qemu_img(&dir, "create -f qcow2 -b base.img -F raw middle.qcow2");
+    qemu_img(&dir, "create -f qcow2 -b middle.qcow2 -F qcow2 top.qcow2");
+    let top = dir.join("top.qcow2").display().to_string();
+    saved(&dir, &["-drive", &format!("file={top},if=virtio")]);
+    dir.json(&["restore", "x.stow", "--dry-run"]);
+    let base = dir.join("base.img");
+    let file = OpenOptions::new().write(true).open(&base).unwrap();
+    file.write_all_at(b"x", 4000).unwrap();
+    let said = dir.refused(4, &["restore", "x.stow"]);
+    assert!(said.contains("base.img changed since"), "{said}");
+    std::fs::remove_file(&base).unwrap();
+    let said = dir.refused(4, &["restore", "x.stow"]);
+    assert!(
+        said.contains("base.img") && said.contains("missing"),
+        "{said}"
+    );
+    nothing_is_left(&dir);
+}
+
+#[test]
+fn a_disk_that_daemonize_lost_is_told_before_the_guest_is_touched() {
+    let dir = TestDir::new();
+    qemu_img(&dir, "create -f raw lost.img 1M");
+    let socket = dir.join("lost.sock").display().to_string();
+    let pid_file = dir.join("lost.pid");
+    let mut command = std::process::Command::new(support::Qemu::V10.program());
+    command.current_dir(dir.path()).args([
+        "-daemonize",
+        "-display",
+        "none",
+        "-accel",
+        "tcg",
+        "-drive",
+        "file=lost.img,format=raw,if=virtio",
+        "-qmp",
+        &format!("unix:{socket},server=on,wait=off"),
+        "-pidfile",
+        &pid_file.display().to_string(),
+    ]);
+    assert!(command.status().unwrap().success());
+    let pid = std::fs::read_to_string(&pid_file)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    let qemu = support::Adopted(support::Process::open(pid).unwrap());
+    let said = dir.refused(4, &["save", &format!("qmp:{socket}"), "y.stow"]);
+    assert!(said.contains("there is no lost.img in /"), "{said}");
+    drop(qemu);
+}
+
+#[test]
+fn a_name_that_is_taken_is_not_given_to_another_guest() {
+    let dir = TestDir::new();
+    saved(&dir, &[]);
+    let restored = dir.restore(&["x.stow", "--paused", "--name", "mine"]);
+    let said = dir.refused(2, &["restore", "x.stow", "--name", "mine"]);
+    assert!(
+        said.contains("a guest named mine runs here already"),
+        "{said}"
+    );
+    drop(restored);
+}

@@ -119,6 +119,9 @@ fn image_advice(error: &Error, image: &str) -> Option<String> {
 fn busy(error: &Error) -> Option<String> {
     match error.downcast_ref()? {
         QmpError::MonitorBusy { .. } => Some("end the other client, or give QEMU one more monitor: -qmp unix:/path/to/other.sock,server=on,wait=off".to_owned()),
+        QmpError::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            Some("run vmstow as the guest's user or as root".to_owned())
+        }
         QmpError::Connect { .. } => Some("is the guest running, and is that the socket of its -qmp option?".to_owned()),
         _ => None,
     }

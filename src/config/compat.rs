@@ -336,7 +336,9 @@ fn is_written(resource: &Resource) -> bool {
 fn check_sameness(resource: &Resource, path: &str, sameness: Sameness) -> Option<Finding> {
     let name = format!("{} {:?}", resource.kind.word(), resource.id);
     let is_medium = match resource.kind {
-        ResourceKind::Disk | ResourceKind::Cdrom | ResourceKind::Floppy => true,
+        ResourceKind::Disk | ResourceKind::Backing | ResourceKind::Cdrom | ResourceKind::Floppy => {
+            true
+        }
         ResourceKind::Firmware | ResourceKind::Kernel => false,
         // Logs grow, and the guest has no memory of the others.
         _ => return None,
@@ -426,7 +428,8 @@ fn check_interface(resource: &Resource, host: &HostFacts) -> Option<Finding> {
 /// The remap that gives the resource another backend; `None` where there is none.
 fn remap_fix(resource: &Resource, path: &str) -> Option<String> {
     let (kind, target) = match resource.kind {
-        ResourceKind::Display => return None,
+        // Its overlay names it: only another overlay names another one.
+        ResourceKind::Backing | ResourceKind::Display => return None,
         ResourceKind::Nic => ("net", "user"),
         ResourceKind::Chardev if path == "PATH" => ("chardev", "file:PATH"),
         kind => (kind.word(), path),

@@ -18,6 +18,6 @@ pub use facts::{
     file_digest_while, find_qemu, free_space, is_kvm_accessible, userfaultfd,
 };
 pub use memory::{available_memory, resident_bytes};
-pub use monitor::{Monitor, listener_of, listeners_of, monitors_of, qmp_sockets};
+pub use monitor::{Monitor, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets};
 pub use process::{ProcessFacts, ProcessHandle, ProcessId};
 pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};

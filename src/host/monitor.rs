@@ -110,7 +110,8 @@ pub fn listener_of(socket: &Path) -> Result<i32, HostError> {
     })
 }
 
-fn is_qemu(pid: i32) -> bool {
+/// Whether the process runs a program named like QEMU's; also for one that may not be looked at, no.
+pub fn is_qemu(pid: i32) -> bool {
     let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
     let name = exe.file_name().unwrap_or_default().to_string_lossy();
     name.starts_with("qemu")

@@ -98,6 +98,9 @@ pub struct NodeImage {
     /// The backing file's name with the directory it is relative to, if there is one.
     #[serde(default)]
     pub full_backing_filename: Option<String>,
+    /// The image behind it, if QEMU has one open.
+    #[serde(default)]
+    pub backing_image: Option<Box<NodeImage>>,
 }
 
 /// A device that can hold a medium.

@@ -8,7 +8,7 @@ use rustix::fs::Access;
 
 use super::plan::resource;
 use crate::config::compat::{FileFact, Fingerprint, GuestNeeds, HostFacts, QemuVersion};
-use crate::config::{Arguments, ResourceKind, ResourceTable};
+use crate::config::{Arguments, Resource, ResourceKind, ResourceTable};
 use crate::container::Manifest;
 use crate::error::Result;
 use crate::host::{self, FileIdentity, QemuFacts};
@@ -17,7 +17,10 @@ use crate::host::{self, FileIdentity, QemuFacts};
 pub fn needs(manifest: &Manifest, arguments: &[String]) -> Result<GuestNeeds> {
     let machine = &manifest.machine;
     let arguments = Arguments::parse(arguments)?;
-    let resources = ResourceTable::from_arguments(&arguments, Some(&machine.machine_type));
+    let mut resources = ResourceTable::from_arguments(&arguments, Some(&machine.machine_type));
+    resources
+        .resources
+        .extend(backing_files(manifest, &resources));
     Ok(GuestNeeds {
         machine_type: machine.machine_type.clone(),
         qemu_version: version(&manifest.qemu.version),
@@ -27,6 +30,20 @@ pub fn needs(manifest: &Manifest, arguments: &[String]) -> Result<GuestNeeds> {
         fingerprints: fingerprints(manifest, &resources),
         resources,
     })
+}
+
+/// The files behind the overlays of those disks that were not remapped.
+fn backing_files(manifest: &Manifest, now: &ResourceTable) -> Vec<Resource> {
+    let saved: Vec<Resource> = manifest.resources.iter().filter_map(resource).collect();
+    let is_kept = |overlay: &str| {
+        let disks = saved.iter().filter(|one| one.id == overlay);
+        let mut disks = disks.filter_map(|disk| Some((disk, now.find(disk.kind, overlay)?)));
+        disks.any(|(then, now)| then.backend.path == now.backend.path)
+    };
+    let backing = saved
+        .iter()
+        .filter(|one| one.overlay_id().is_some_and(is_kept));
+    backing.cloned().collect()
 }
 
 /// The saved fingerprints by path; a resource that was remapped has none, for it is another by intention.

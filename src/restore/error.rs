@@ -22,6 +22,14 @@ pub enum RestoreError {
         /// Each resource that would be used.
         resources: Vec<String>,
     },
+    /// A guest of the chosen name runs already.
+    #[error("a guest named {name} runs here already, pid {pid}")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// That guest's process.
+        pid: i32,
+    },
     /// This host cannot run the guest.
     #[error("this host cannot run {guest}{}", first(findings))]
     CannotRun {
@@ -94,6 +102,7 @@ impl Blame for RestoreError {
     fn kind(&self) -> ErrorKind {
         match self {
             RestoreError::Untrusted { .. } => ErrorKind::Trust,
+            RestoreError::NameTaken { .. } => ErrorKind::Usage,
             RestoreError::NotAStream | RestoreError::HeadDiffers { .. } => ErrorKind::Image,
             RestoreError::Damaged { why, .. } => why.kind(),
             _ => ErrorKind::Host,

@@ -42,6 +42,9 @@ impl Plan {
         if let Some(name) = request.name.as_ref().filter(|name| !is_name(name)) {
             return Err(HostError::BadName { name: name.clone() }.into());
         }
+        if let Some(name) = &request.name {
+            refuse_taken(name)?;
+        }
         let name = request
             .name
             .clone()
@@ -241,6 +244,19 @@ impl Plan {
         }
         self.warnings = findings;
         Ok(())
+    }
+}
+
+/// A name that the user chose is the guest's, or there is no guest.
+fn refuse_taken(name: &str) -> Result<()> {
+    let running = supervise::list(&RuntimeDir::open()?)?.running;
+    match running.into_iter().find(|guest| guest.name == name) {
+        Some(guest) => Err(RestoreError::NameTaken {
+            name: guest.name,
+            pid: guest.process.pid,
+        }
+        .into()),
+        None => Ok(()),
     }
 }
 

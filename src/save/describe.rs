@@ -11,7 +11,9 @@ use uuid::Uuid;
 use super::SaveError;
 use crate::config::domain_xml::{DomainFacts, domain_xml};
 use crate::config::resources::{BlockDevice, BlockFacts, BlockNode};
-use crate::config::{Arguments, ConfigError, ResourceTable, RestoreContext, restore_arguments};
+use crate::config::{
+    self, Arguments, ConfigError, ResourceKind, ResourceTable, RestoreContext, restore_arguments,
+};
 use crate::container::manifest::{
     DeviceSection, Fingerprint, Guest, Machine, Manifest, Qemu, RamBlock, Resource,
     StreamSummary as StreamFacts, Tool,
@@ -65,6 +67,7 @@ impl Description {
         let machine_type = qmp.query_machine_type()?;
         let mut resources = ResourceTable::from_arguments(&arguments, Some(&machine_type));
         resources.apply_block_facts(&block_facts(qmp)?);
+        add_backing_files(qmp, &mut resources)?;
         let memory = qmp.query_memory_size()?;
         let version = qmp.version();
         let qemu_version = format!("{}.{}.{}", version.major, version.minor, version.micro);
@@ -127,6 +130,7 @@ impl Description {
         reasons.extend(self.changed_devices());
         reasons.extend(self.changed_unnamed_devices());
         reasons.extend(self.foreign_media());
+        reasons.extend(self.lost_files());
         reasons
     }
 
@@ -136,7 +140,9 @@ impl Description {
         let named: BTreeSet<String> = devices
             .filter_map(|(_, argument)| argument.properties().get("id"))
             .collect();
-        let plugged = self.device_ids.difference(&named);
+        // QEMU gives this id itself.
+        let is_own = |id: &String| id == "debugcon" && self.arguments.has("debugcon");
+        let plugged = self.device_ids.difference(&named).filter(|id| !is_own(id));
         let plugged = plugged.map(|id| format!("device {id:?} was plugged in after QEMU's start"));
         let unplugged = named.difference(&self.device_ids);
         let unplugged =
@@ -166,13 +172,33 @@ impl Description {
         }
     }
 
+    /// Files named by relative paths that start nowhere any more: `-daemonize` takes QEMU to another directory. QEMU
+    /// itself cannot migrate a guest with such a disk.
+    fn lost_files(&self) -> Vec<String> {
+        use ResourceKind::{Cdrom, Disk, Floppy};
+        let files = self.resources.resources.iter();
+        let files = files.filter(|one| matches!(one.kind, Disk | Cdrom | Floppy));
+        let paths = files.filter_map(|one| Some((one, Path::new(one.backend.path.as_ref()?))));
+        let lost = paths.filter(|(_, path)| {
+            path.is_relative()
+                && !path.to_string_lossy().contains(':')
+                && !self.process.cwd.join(path).exists()
+        });
+        let cwd = self.process.cwd.display();
+        lost.map(|(one, path)| {
+            let (kind, id, path) = (one.kind.word(), &one.id, path.display());
+            format!("{kind} {id:?}: there is no {path} in {cwd}, where QEMU is; with -daemonize paths have to be absolute")
+        })
+        .collect()
+    }
+
     /// Media in drives that no argument names.
     fn foreign_media(&self) -> Vec<String> {
         let unnamed = self
             .resources
             .resources
             .iter()
-            .filter(|one| one.argument.is_none());
+            .filter(|one| one.argument.is_none() && one.kind != ResourceKind::Backing);
         let media = unnamed.filter_map(|one| Some((one, one.backend.path.as_ref()?)));
         media
             .map(|(one, path)| {
@@ -310,7 +336,7 @@ impl Description {
         };
         let is_medium = matches!(
             resource.kind.as_str(),
-            "disk" | "cdrom" | "floppy" | "firmware"
+            "disk" | "backing" | "cdrom" | "floppy" | "firmware"
         );
         let sha256 = if with_digest && is_medium {
             let digest = host::file_digest_while(&path, &|| !progress.is_cancelled());
@@ -350,6 +376,36 @@ fn unnamed_devices_of(arguments: &Arguments) -> usize {
         + arguments.options("virtfs").count()
 }
 
+/// Adds the files behind each disk's overlay.
+fn add_backing_files(qmp: &mut QmpClient, resources: &mut ResourceTable) -> Result<()> {
+    let mut found = Vec::new();
+    for medium in qmp
+        .query_block()?
+        .into_iter()
+        .filter_map(|device| device.inserted)
+    {
+        let path = Some(&medium.file);
+        let disk = resources
+            .resources
+            .iter()
+            .find(|one| one.backend.path.as_ref() == path);
+        let first = medium.image.backing_image.as_deref();
+        let chain = std::iter::successors(first, |image| image.backing_image.as_deref());
+        for (number, image) in (1..).zip(chain) {
+            let is_file = !image.filename.starts_with("json:") && !image.filename.contains("://");
+            if let Some(disk) = disk.filter(|_| is_file) {
+                found.push(config::Resource::backing(
+                    disk,
+                    number,
+                    image.filename.clone(),
+                ));
+            }
+        }
+    }
+    resources.resources.extend(found);
+    Ok(())
+}
+
 fn block_facts(qmp: &mut QmpClient) -> Result<BlockFacts> {
     let node = |node: crate::qmp::BlockNode| BlockNode {
         node_name: node.node_name,
@@ -382,7 +438,7 @@ fn now() -> String {
 }
 
 /// A resource as the manifest keeps it; both are the same JSON.
-fn kept(resource: &crate::config::Resource) -> Option<Resource> {
+fn kept(resource: &config::Resource) -> Option<Resource> {
     serde_json::from_value(serde_json::to_value(resource).ok()?).ok()
 }
 

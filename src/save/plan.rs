@@ -212,7 +212,7 @@ fn resolve(source: &Source) -> Result<(PathBuf, Option<i32>)> {
 fn process_behind(qmp: &QmpClient, monitor: &Path) -> Result<i32> {
     let maker = socket_peercred(qmp).map(|peer| peer.pid.as_raw_nonzero().get());
     match maker {
-        Ok(pid) if host::listeners_of(monitor)?.contains(&pid) => Ok(pid),
+        Ok(pid) if host::is_qemu(pid) || host::listeners_of(monitor)?.contains(&pid) => Ok(pid),
         _ => Ok(host::listener_of(monitor)?),
     }
 }

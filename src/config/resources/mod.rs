@@ -28,6 +28,8 @@ pub(super) const OWN_LOG_PREFIX: &str = "vmstow-log-";
 pub enum ResourceKind {
     /// A disk image or a block device.
     Disk,
+    /// A file behind a disk's overlay.
+    Backing,
     /// The medium of a CD-ROM drive.
     Cdrom,
     /// The medium of a floppy drive.
@@ -152,6 +154,7 @@ impl ResourceKind {
     pub fn word(self) -> &'static str {
         match self {
             ResourceKind::Disk => "disk",
+            ResourceKind::Backing => "backing",
             ResourceKind::Cdrom => "cdrom",
             ResourceKind::Floppy => "floppy",
             ResourceKind::Nic => "nic",
@@ -166,6 +169,25 @@ impl ResourceKind {
 }
 
 impl Resource {
+    /// A file behind the overlay of `disk`, the `number`th from the top: no argument names it, the overlay does.
+    pub fn backing(disk: &Resource, number: usize, path: String) -> Self {
+        Resource {
+            kind: ResourceKind::Backing,
+            id: format!("{}/{number}", disk.id),
+            aliases: Vec::new(),
+            frontend: None,
+            backend: Backend::file(path),
+            read_only: true,
+            argument: None,
+        }
+    }
+
+    /// The id of the disk that a backing file belongs to.
+    pub fn overlay_id(&self) -> Option<&str> {
+        let is_backing = self.kind == ResourceKind::Backing;
+        is_backing.then(|| self.id.rsplit_once('/').map(|(disk, _)| disk))?
+    }
+
     fn new(kind: ResourceKind, id: impl Into<String>, argument: usize, backend: Backend) -> Self {
         Resource {
             kind,
