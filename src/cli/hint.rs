@@ -155,7 +155,7 @@ fn container_advice(error: &ContainerError, image: &str) -> Option<String> {
             "make room, or save to another place".to_owned()
         }
         ContainerError::Read { .. } | ContainerError::Write { .. } => return None,
-        _ => format!("copy the image again; `vmstow verify {image}` says more"),
+        _ => "copy the image again from where it came".to_owned(),
     })
 }
 

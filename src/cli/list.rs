@@ -37,6 +37,9 @@ pub fn run(_: &ListArgs, ui: &Ui) -> Outcome {
         guest,
     });
     let guests: Vec<ListedGuest> = guests.collect();
+    if guests.is_empty() {
+        ui.note(&"no guest of vmstow runs here");
+    }
     ui.answer(&json!({ "guests": guests }), |_| table(&guests))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -122,6 +122,7 @@ pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
     }
     let (report, guest) = restore::restore(&plan, origin, ui).about(&args.image)?;
     ui.answer(&report, restored)?;
+    note_logs(&report, ui);
     if args.foreground {
         stay(guest, ui)
     } else {
@@ -190,6 +191,25 @@ fn restored(report: &RestoreReport) -> String {
         report.pid,
         report.qmp.display()
     )
+}
+
+/// Says where the consoles went that were somebody's terminal: they are logs beside QEMU's own now.
+fn note_logs(report: &RestoreReport, ui: &Ui) {
+    let directory = report
+        .log
+        .parent()
+        .and_then(|parent| parent.read_dir().ok());
+    let paths = directory
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()));
+    for path in paths.filter(|path| path.extension().is_some_and(|ending| ending == "log")) {
+        let name = path.file_stem().unwrap_or_default().display();
+        ui.note(&format!(
+            "{name} was a terminal; it goes to {} now",
+            path.display()
+        ));
+    }
 }
 
 fn leave(guest: RunningGuest) -> Outcome {

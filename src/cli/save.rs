@@ -69,7 +69,7 @@ pub struct SaveArgs {
     no_sign: bool,
 
     /// Give up, and put the guest back, if saving takes longer
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
 
     /// Only say what would be done, and what stands against it; touches nothing

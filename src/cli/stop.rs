@@ -9,7 +9,7 @@ use serde_json::json;
 use super::Outcome;
 use super::ui::Ui;
 use crate::host::RuntimeDir;
-use crate::supervise;
+use crate::supervise::{self, Ended};
 
 /// End a guest that vmstow runs
 ///
@@ -32,9 +32,21 @@ pub struct StopArgs {
 /// Ends the guest.
 pub fn run(args: &StopArgs, ui: &Ui) -> Outcome {
     let grace = args.graceful.then(|| Duration::from_secs(args.timeout));
-    supervise::stop(&RuntimeDir::open()?, &args.name, grace)?;
-    ui.answer(&json!({ "name": args.name, "state": "stopped" }), |_| {
-        format!("{} has ended\n", args.name)
-    })?;
+    let ended = supervise::stop(&RuntimeDir::open()?, &args.name, grace)?;
+    let (how, words) = told(ended, args.graceful);
+    let answer = json!({ "name": args.name, "state": "stopped", "how": how });
+    ui.answer(&answer, |_| format!("{} {words}\n", args.name))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// How it ended: for programs, and for people.
+fn told(ended: Ended, is_graceful: bool) -> (&'static str, &'static str) {
+    match ended {
+        Ended::Already => ("already", "had ended before"),
+        Ended::Powerdown => ("powerdown", "has shut down"),
+        Ended::Quit if is_graceful => ("quit", "did not shut down in time; its power was cut"),
+        Ended::Quit => ("quit", "has ended"),
+        Ended::Terminated => ("terminated", "did not answer; its QEMU was terminated"),
+        Ended::Killed => ("killed", "did not answer; its QEMU was killed"),
+    }
 }
