@@ -285,26 +285,26 @@ const HOSTILE: [&[&str]; 30] = [
 #[test]
 fn no_argument_of_a_stranger_reaches_this_host() {
     let saved = save(&["--no-sign"]);
-    let remaps = saved.remaps();
-    let remaps: Vec<&str> = remaps.iter().map(String::as_str).collect();
+    // Without the remap of all networks, which would make a harmless one of any.
+    let remaps = &saved.remaps()[..4];
     let clean = std::fs::read(saved.dir.join("x.stow")).unwrap();
-    let mut accepted = Vec::new();
-    for hostile in HOSTILE {
+    let code_with = |hostile: &[&str]| {
         std::fs::write(saved.dir.join("x.stow"), &clean).unwrap();
         saved.change_manifest(|manifest| {
-            manifest
-                .qemu
-                .argv
-                .extend(hostile.iter().map(|&word| word.to_owned()));
+            let words = ["-nic", "none"].iter().chain(hostile);
+            let words = words.map(|&word| word.to_owned());
+            manifest.qemu.argv.extend(words);
         });
         let mut restore = saved.dir.vmstow();
         let restore = restore
             .args(["restore", "x.stow", "--dry-run"])
-            .args(&remaps);
-        let output = restore.output().unwrap();
-        if output.status.code() != Some(6) {
-            accepted.push(hostile);
-        }
-    }
+            .args(remaps);
+        restore.output().unwrap().status.code()
+    };
+    assert_eq!(code_with(&[]), Some(0));
+    let accepted = HOSTILE
+        .iter()
+        .filter(|hostile| code_with(hostile) != Some(6));
+    let accepted: Vec<_> = accepted.collect();
     assert!(accepted.is_empty(), "{accepted:#?}");
 }
