@@ -67,16 +67,17 @@ fn human(report: &VerifyReport) -> String {
         return text;
     }
     let looked = match report.depth {
+        // Nobody shall take a quick look for a proof.
         Depth::Quick => {
-            "its footer, directory and sections are; its chunks were not read".to_owned()
+            "has a whole footer, directory and sections; its chunks were not read".to_owned()
         }
         _ => format!(
-            "{} chunks, {} of stream, all digests match",
+            "is whole: {} chunks, {} of stream, all digests match",
             report.chunks,
             human_bytes(report.stream_bytes)
         ),
     };
-    let _ = writeln!(text, "{} is whole: {looked}", report.image);
+    let _ = writeln!(text, "{} {looked}", report.image);
     if let Some(stream) = &report.stream {
         let pages = stream.data_pages + stream.zero_pages;
         let _ = writeln!(

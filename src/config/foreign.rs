@@ -6,7 +6,7 @@
 //! Source: QEMU's manual, the options of 7.2 and 10.0.
 
 use super::arguments::{Argument, Arguments};
-use super::paths::paths;
+use super::paths::{FILE_OPTIONS, paths};
 use super::resources::{Resource, ResourceKind, ResourceTable};
 
 /// Options that say something about the guest alone, whatever their values.
@@ -47,27 +47,6 @@ const GUEST_ONLY: [&str; 36] = [
     "watchdog",
     "watchdog-action",
     "win2k-hack",
-];
-
-/// Options whose whole value is a file of this host.
-const FILES: [&str; 17] = [
-    "hda",
-    "hdb",
-    "hdc",
-    "hdd",
-    "cdrom",
-    "fda",
-    "fdb",
-    "pflash",
-    "sd",
-    "mtdblock",
-    "bios",
-    "option-rom",
-    "kernel",
-    "initrd",
-    "dtb",
-    "shim",
-    "mem-path",
 ];
 
 /// Properties of a drive or a block node that name nothing but the one file.
@@ -265,7 +244,7 @@ fn stays_inside(argument: &Argument, is_named: &dyn Fn(&str) -> bool) -> bool {
             .iter()
             .any(|key| properties.get(key).is_some()),
         _ if GUEST_ONLY.contains(&name) => true,
-        _ if FILES.contains(&name) => is_named(value),
+        _ if FILE_OPTIONS.contains(&name) => is_named(value),
         "display" | "vnc" | "audiodev" | "audio" => value == "none" || value.starts_with("none,"),
         "usbdevice" => ["tablet", "mouse", "keyboard"].contains(&value),
         "serial" | "parallel" | "debugcon" => port_stays_inside(value),

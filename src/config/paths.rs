@@ -15,8 +15,8 @@ pub struct PathUse {
     pub path: String,
 }
 
-/// Options whose whole value is a path.
-const PATH_OPTIONS: [&str; 25] = [
+/// Options whose whole value is a file that the guest gets to see.
+pub(super) const FILE_OPTIONS: [&str; 17] = [
     "hda",
     "hdb",
     "hdc",
@@ -34,6 +34,10 @@ const PATH_OPTIONS: [&str; 25] = [
     "dtb",
     "shim",
     "mem-path",
+];
+
+/// Options whose whole value is another path.
+const PATH_OPTIONS: [&str; 8] = [
     "L",
     "D",
     "pidfile",
@@ -98,7 +102,9 @@ fn of_argument(argument: &Argument) -> Vec<(Option<String>, String)> {
     match argument.name() {
         None => return vec![(None, value.to_owned())],
         Some("append" | "uuid" | "cpu") => return Vec::new(),
-        Some(name) if PATH_OPTIONS.contains(&name) => return vec![(None, value.to_owned())],
+        Some(name) if FILE_OPTIONS.contains(&name) || PATH_OPTIONS.contains(&name) => {
+            return vec![(None, value.to_owned())];
+        }
         Some("serial" | "parallel" | "debugcon" | "monitor" | "qmp" | "qmp-pretty" | "gdb") => {
             return of_port(value);
         }
