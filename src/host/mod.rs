@@ -10,6 +10,7 @@ mod facts;
 mod memory;
 mod monitor;
 mod process;
+mod process_memory;
 mod runtime;
 
 pub use error::HostError;
@@ -20,4 +21,5 @@ pub use facts::{
 pub use memory::{available_memory, resident_bytes};
 pub use monitor::{Monitor, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets};
 pub use process::{ProcessFacts, ProcessHandle, ProcessId};
+pub use process_memory::{Backing, MOST_SLICES, ProcessMemory};
 pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};

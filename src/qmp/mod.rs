@@ -12,6 +12,7 @@ mod event;
 mod line;
 mod migration;
 mod name;
+mod ram;
 mod settings;
 mod socket;
 
@@ -24,4 +25,5 @@ pub use error::QmpError;
 pub use event::{EVENT_LIMIT, Event, EventTime};
 pub use line::LINE_LIMIT;
 pub use migration::{MigrationInfo, MigrationStatus, RamProgress};
+pub use ram::RamBlockAddress;
 pub use settings::SavedSettings;
