@@ -19,7 +19,7 @@ use vmstow::container::Layout;
 use vmstow::error::Error;
 use vmstow::pipeline::Encoding;
 use vmstow::progress::Silent;
-use vmstow::save::{Plan, SaveReport, SaveRequest, Source, Then, save_into};
+use vmstow::save::{Capture, Plan, SaveReport, SaveRequest, Source, Then, save_into};
 use vmstow::store::{FileSink, Location};
 
 fn start(dir: &TestDir, qemu: Qemu) -> Guest {
@@ -78,11 +78,12 @@ impl Sink for FailingSink {
     }
 }
 
-fn request(guest: &Guest, target: &Path) -> SaveRequest {
+fn request(guest: &Guest, target: &Path, capture: Capture) -> SaveRequest {
     SaveRequest {
         source: Source::Monitor(guest.qmp_path()),
         target: Location::Path(target.to_owned()),
         may_replace: false,
+        capture,
         encoding: Encoding {
             layout: Layout::Zstd,
             level: 1,
@@ -99,8 +100,13 @@ fn request(guest: &Guest, target: &Path) -> SaveRequest {
     }
 }
 
-fn save_to(guest: &Guest, target: &Path, sink: &mut dyn Sink) -> Result<SaveReport, Error> {
-    let request = request(guest, target);
+fn save_to(
+    guest: &Guest,
+    target: &Path,
+    capture: Capture,
+    sink: &mut dyn Sink,
+) -> Result<SaveReport, Error> {
+    let request = request(guest, target, capture);
     save_into(Plan::check(&request).unwrap(), &request, sink, &Silent)
 }
 
@@ -110,7 +116,7 @@ fn all_of(error: &Error) -> String {
 
 #[test]
 fn a_target_that_fails_at_any_step_leaves_the_guest_running() {
-    for qemu in Qemu::ALL {
+    for (qemu, capture) in WAYS {
         let dir = TestDir::new();
         let mut guest = start(&dir, qemu);
         let target = dir.join("x.stow");
@@ -118,7 +124,7 @@ fn a_target_that_fails_at_any_step_leaves_the_guest_running() {
         loop {
             let before = Before::of(&dir, &guest);
             let mut sink = FailingSink::new(&target, steps);
-            let saved = save_to(&guest, &target, &mut sink);
+            let saved = save_to(&guest, &target, capture, &mut sink);
             drop(sink);
             wait_for_silence(&dir);
             let Err(error) = saved else { break };
@@ -143,6 +149,13 @@ fn a_target_that_fails_at_any_step_leaves_the_guest_running() {
     }
 }
 
+/// Each QEMU with each way of taking its guest's state; 7.2 only migrates.
+const WAYS: [(Qemu, Capture); 3] = [
+    (Qemu::V10, Capture::Auto),
+    (Qemu::V10, Capture::Migration),
+    (Qemu::V7_2, Capture::Auto),
+];
+
 /// A file; while it is synced somebody else lets the guest run.
 struct MeddledSink<'g> {
     file: FileSink,
@@ -166,7 +179,7 @@ impl Sink for MeddledSink<'_> {
 
 #[test]
 fn a_guest_that_somebody_let_run_before_its_image_had_a_name_is_not_saved() {
-    for qemu in Qemu::ALL {
+    for (qemu, capture) in WAYS {
         let dir = TestDir::new();
         let guest = start(&dir, qemu);
         let before = Before::of(&dir, &guest);
@@ -176,7 +189,7 @@ fn a_guest_that_somebody_let_run_before_its_image_had_a_name_is_not_saved() {
             file,
             guest: &guest,
         };
-        let error = save_to(&guest, &target, &mut sink).unwrap_err();
+        let error = save_to(&guest, &target, capture, &mut sink).unwrap_err();
         drop(sink);
         let said = all_of(&error);
         assert!(said.contains("somebody else started the guest"), "{said}");
@@ -187,14 +200,14 @@ fn a_guest_that_somebody_let_run_before_its_image_had_a_name_is_not_saved() {
 
 #[test]
 fn an_image_that_may_have_its_name_leaves_the_guest_stopped() {
-    for qemu in Qemu::ALL {
+    for (qemu, capture) in WAYS {
         let dir = TestDir::new();
         let guest = start(&dir, qemu);
         let target = dir.join("x.stow");
         let settings = Settings::of(&mut guest.qmp());
         let mut sink = FailingSink::new(&target, u32::MAX);
         sink.lies = true;
-        let error = save_to(&guest, &target, &mut sink).unwrap_err();
+        let error = save_to(&guest, &target, capture, &mut sink).unwrap_err();
         assert_eq!(
             error.to_string(),
             "it is not known whether the image of guest is whole under its name; guest stays stopped"
@@ -203,7 +216,11 @@ fn an_image_that_may_have_its_name_leaves_the_guest_stopped() {
         wait_for_silence(&dir);
         dir.vmstow().args(["verify", "x.stow"]).assert().success();
         let tick = guest.serial().last_tick();
-        assert_eq!(guest.qmp().status(), "postmigrate");
+        let state = match capture {
+            Capture::Auto => qemu.state_behind_a_save(),
+            Capture::Migration => "postmigrate",
+        };
+        assert_eq!(guest.qmp().status(), state);
         assert_eq!(Settings::of(&mut guest.qmp()), settings);
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(guest.serial().last_tick(), tick);

@@ -333,7 +333,8 @@ fn a_killed_save_that_leaves_the_guest_paused_does_so() {
                 scene.note("image");
                 scene.assert_image_is_whole();
                 std::fs::remove_file(scene.image()).unwrap();
-                assert_eq!(scene.guest.qmp().status(), "postmigrate");
+                let state = scene.guest.qmp().status();
+                assert_eq!(state, qemu.state_behind_a_save());
                 before.assert_rests(&scene.guest);
                 scene.guest.qmp().command("cont", json!({}));
             } else {

@@ -172,14 +172,8 @@ fn a_guest_may_stay_stopped_after_its_save() {
         let settings = migration_settings(&mut qmp);
         let saved = dir.json(&["save", &guest.source(), "x.stow", "--then", "pause"]);
         assert_eq!(saved["guest"], "stopped");
-        assert_eq!(qmp.status(), "postmigrate");
+        assert_eq!(qmp.status(), qemu.state_behind_a_save());
         assert_eq!(migration_settings(&mut qmp), settings);
-        let said = dir.refused(4, &["save", &guest.source(), "y.stow"]);
-        assert!(
-            said.contains("guest cannot be saved: it is postmigrate"),
-            "{said}"
-        );
-        assert!(said.contains("--from-postmigrate"), "{said}");
         let before = guest.serial().mark();
         dir.json(&["save", &guest.source(), "y.stow", "--from-postmigrate"]);
         let restored = dir.restore(&["y.stow"]);

@@ -163,6 +163,7 @@ fn save_advice(error: &SaveError) -> Option<String> {
     Some(match error {
         SaveError::NotSaved { why, .. } => return advice(why, None),
         SaveError::MigrationActive { .. } => "wait until that migration has ended, or cancel it (QMP migrate_cancel)".to_owned(),
+        SaveError::BeingSaved { .. } => "wait until that save has ended".to_owned(),
         SaveError::Blocked { .. } => "detach the device, save, attach it again after the restore".to_owned(),
         SaveError::NotRestorable { .. } => "start the guest without these arguments, or save it with a tool that keeps what they refer to".to_owned(),
         SaveError::RunState { state: crate::qmp::RunState::Postmigrate, .. } => {
@@ -171,7 +172,7 @@ fn save_advice(error: &SaveError) -> Option<String> {
         SaveError::RunState { .. } => "wait until that is over (QMP query-status tells), then save".to_owned(),
         SaveError::NoSpace { .. } => "make room, or use --layout zstd".to_owned(),
         SaveError::MigrationFailed { .. } => "QEMU's own log may say more; then save again".to_owned(),
-        SaveError::Resumed => "make sure that nothing else steers this guest, then save again".to_owned(),
+        SaveError::Resumed | SaveError::MigratedElsewhere => "make sure that nothing else steers this guest, then save again".to_owned(),
         SaveError::TimedOut { .. } => "give a longer --timeout".to_owned(),
         SaveError::PublishUnknown { .. } => "look whether the image is there and verifies: then end the guest's QEMU, else let it run on (QMP cont)".to_owned(),
         SaveError::Then { .. } => "tell QEMU yourself, by its monitor".to_owned(),

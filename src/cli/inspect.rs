@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::ui::{Ui, printable};
 use super::{About, Outcome};
-use crate::container::manifest::Resource;
+use crate::container::manifest::{Resource, StreamSummary};
 use crate::error::Error;
 use crate::image::{self, ImageError};
 use crate::inspect::{self, ImageDescription, StreamDescription};
@@ -114,6 +114,7 @@ fn human(description: &ImageDescription) -> String {
         );
     }
     rows.row("devices", format!("{} sections", manifest.sections.len()));
+    rows.row("capture", capture(manifest.stream.as_ref()));
     for (index, (key, value)) in description.labels().iter().enumerate() {
         rows.row(
             if index == 0 { "labels" } else { "" },
@@ -153,6 +154,19 @@ fn memory(description: &ImageDescription) -> String {
             human_bytes(stream.data_pages.saturating_mul(4096))
         ),
         None => total,
+    }
+}
+
+/// How the state was taken, and what follows from it.
+fn capture(stream: Option<&StreamSummary>) -> &'static str {
+    match stream {
+        Some(stream) if stream.capture.as_deref() == Some("memory") => {
+            "from QEMU's memory, without its description of the devices"
+        }
+        Some(stream) if !stream.vmdescription => {
+            "by migration, without a description of the devices"
+        }
+        _ => "by migration",
     }
 }
 

@@ -14,7 +14,7 @@ use crate::container::Layout;
 use crate::host::keys::SigningKey;
 use crate::pipeline::{self, Encoding};
 use crate::progress::Progress;
-use crate::save::{self, Plan, PlanReport, SaveReport, SaveRequest, Source, Then};
+use crate::save::{self, Capture, Plan, PlanReport, SaveReport, SaveRequest, Source, Then};
 use crate::store::{Location, StoreError};
 use crate::units::human_bytes;
 
@@ -43,6 +43,10 @@ pub struct SaveArgs {
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = threads)]
     threads: Option<usize>,
+
+    /// How the guest's state is taken
+    #[arg(long, default_value = "auto")]
+    capture: CaptureArg,
 
     /// What becomes of the guest once its image is complete
     #[arg(long, default_value = "quit")]
@@ -94,6 +98,14 @@ enum LayoutArg {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum CaptureArg {
+    /// Read from its QEMU's memory on all cores, where that is possible; otherwise as with migration
+    Auto,
+    /// By QEMU's migration: slower, but the image holds QEMU's description of its device state
+    Migration,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum ThenArg {
     /// QEMU ends: the image is the guest
     Quit,
@@ -138,6 +150,10 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
             level: args.level,
             chunk_len: pipeline::DEFAULT_CHUNK_LEN,
             threads: args.threads.unwrap_or_else(pipeline::default_threads),
+        },
+        capture: match args.capture {
+            CaptureArg::Auto => Capture::Auto,
+            CaptureArg::Migration => Capture::Migration,
         },
         then: match args.then {
             ThenArg::Quit => Then::Quit,

@@ -219,6 +219,10 @@ pub struct StreamSummary {
     pub zero_pages: u64,
     /// Whether the JSON about the device sections follows them.
     pub vmdescription: bool,
+    /// `migration`: QEMU wrote the stream. `memory`: it was made from the memory of QEMU and its device state. Absent if
+    /// that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capture: Option<String>,
     /// Members this version does not know.
     #[serde(flatten)]
     pub other: Other,

@@ -20,6 +20,6 @@ pub use facts::{
 };
 pub use memory::{available_memory, resident_bytes};
 pub use monitor::{Monitor, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets};
-pub use process::{ProcessFacts, ProcessHandle, ProcessId};
+pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock};
 pub use process_memory::{Backing, MOST_SLICES, ProcessMemory};
 pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,37 @@ impl ProcessId {
             pid: self.pid,
             pidfd,
         })
+    }
+}
+
+/// Says to others who ask that somebody has begun something with a process; ends with this value or its process.
+#[derive(Debug)]
+pub struct ProcessLock {
+    _directory: OwnedFd,
+}
+
+impl ProcessId {
+    /// Locks the process against others who do the same; `None` if one of them was first.
+    ///
+    /// The lock is on `/proc/PID`: every process that sees that one meets it, whoever its user is, and the kernel takes it
+    /// away from a holder that dies.
+    ///
+    /// # Errors
+    /// [`HostError::NoSuchProcess`]; [`HostError::Process`] where the kernel knows no such lock.
+    pub fn lock(&self) -> Result<Option<ProcessLock>, HostError> {
+        let path = format!("/proc/{}", self.pid);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let locked = rustix::fs::open(path, flags, Mode::empty()).and_then(|directory| {
+            flock(&directory, FlockOperation::NonBlockingLockExclusive).map(|()| directory)
+        });
+        match locked {
+            Ok(directory) if self.is_alive() => Ok(Some(ProcessLock {
+                _directory: directory,
+            })),
+            Ok(_) => Err(HostError::NoSuchProcess { pid: self.pid }),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(failed(self.pid, "flock", errno.into())),
+        }
     }
 }
 
@@ -211,6 +243,23 @@ mod tests {
         child.wait().unwrap();
         assert!(matches!(id.open(), Err(HostError::NoSuchProcess { .. })));
         handle.signal(Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn only_one_holds_the_lock_of_a_process() {
+        let (mut child, pid) = sleeper();
+        let id = ProcessId::of(pid).unwrap();
+        let lock = id.lock().unwrap();
+        assert!(lock.is_some());
+        assert!(id.lock().unwrap().is_none());
+        drop(lock);
+        assert!(id.lock().unwrap().is_some());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(matches!(
+            id.lock(),
+            Err(HostError::NoSuchProcess { .. } | HostError::Process { .. })
+        ));
     }
 
     #[test]

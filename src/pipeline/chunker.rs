@@ -10,7 +10,7 @@ use crate::stream::{Element, Event};
 use crate::units::PAGE_LEN;
 
 /// All-zero regions gathered in one chunk, counted from a multiple of as many.
-const ZERO_REGIONS: u64 = 64;
+pub const ZERO_REGIONS: u64 = 64;
 
 /// Bytes of a page record's header when it does not name its RAMBlock.
 const RECORD_HEADER_LEN: usize = 8;

@@ -6,10 +6,9 @@ use std::thread;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::chunker::{Chunker, max_chunk_len};
+use super::sealing::{Buffer, Sealed, Sealer, append, pool};
 use super::{PipelineError, window};
-use crate::codec::Compressor;
-use crate::container::{ChunkKind, ImageWriter, Layout, PageMapBuilder, StoredChunk};
-use crate::digest::{Digest, crc32c};
+use crate::container::{ImageWriter, Layout, PageMapBuilder};
 use crate::progress::Progress;
 use crate::stream::{Element, Event, Parser, StreamSummary};
 use crate::units::PAGE_LEN;
@@ -99,29 +98,17 @@ pub fn encode(
     })
 }
 
-/// Room for one chunk, of which the first `len` bytes are filled.
-struct Buffer {
-    bytes: Box<[u8]>,
-    len: usize,
-}
-
-impl Buffer {
-    fn filled(&self) -> &[u8] {
-        &self.bytes[..self.len]
-    }
-
-    /// Reads up to `max` more bytes of `stream`; 0 is the end.
-    fn fill(&mut self, stream: &mut dyn Read, max: usize) -> Result<usize, PipelineError> {
-        let end = self.bytes.len().min(self.len + max);
-        loop {
-            match stream.read(&mut self.bytes[self.len..end]) {
-                Ok(len) => {
-                    self.len += len;
-                    return Ok(len);
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(PipelineError::Read(error)),
+/// Reads up to `max` more bytes of `stream` into `buffer`; 0 is the end.
+fn fill(buffer: &mut Buffer, stream: &mut dyn Read, max: usize) -> Result<usize, PipelineError> {
+    let end = buffer.bytes.len().min(buffer.len + max);
+    loop {
+        match stream.read(&mut buffer.bytes[buffer.len..end]) {
+            Ok(len) => {
+                buffer.len += len;
+                return Ok(len);
             }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(PipelineError::Read(error)),
         }
     }
 }
@@ -135,56 +122,15 @@ struct Job {
 /// One chunk on its way to the image.
 struct Done {
     raw: Buffer,
-    stored: Result<Option<Vec<u8>>, PipelineError>,
-    digest: Digest,
-    crc: u32,
-}
-
-/// Buffers that go round, so that none is allocated in the middle of a save.
-fn pool(count: usize, len: usize) -> (Sender<Buffer>, Receiver<Buffer>) {
-    let (free, buffers) = bounded(count);
-    for _ in 0..count {
-        let _ = free.send(Buffer {
-            bytes: vec![0; len].into_boxed_slice(),
-            len: 0,
-        });
-    }
-    (free, buffers)
+    sealed: Result<Sealed, PipelineError>,
 }
 
 fn work_on(jobs: &Receiver<Job>, encoding: &Encoding) {
-    let mut compressor = None;
+    let mut sealer = Sealer::new(encoding);
     for Job { raw, reply } in jobs {
-        let digest = Digest::of(raw.filled());
-        let stored = match encoding.layout {
-            Layout::Zstd => compress(&mut compressor, encoding.level, raw.filled()).map(Some),
-            Layout::Raw | Layout::Mapped => Ok(None),
-        };
-        let crc = match &stored {
-            Ok(Some(stored)) => crc32c(stored),
-            _ => crc32c(raw.filled()),
-        };
-        let _ = reply.send(Done {
-            raw,
-            stored,
-            digest,
-            crc,
-        });
+        let sealed = sealer.seal(raw.filled());
+        let _ = reply.send(Done { raw, sealed });
     }
-}
-
-fn compress(
-    compressor: &mut Option<Compressor>,
-    level: i32,
-    raw: &[u8],
-) -> Result<Vec<u8>, PipelineError> {
-    let compressor = match compressor {
-        Some(compressor) => compressor,
-        none => none.insert(Compressor::new(level)?),
-    };
-    let mut stored = Vec::new();
-    compressor.compress(raw, &mut stored)?;
-    Ok(stored)
 }
 
 fn append_in_order(
@@ -193,23 +139,10 @@ fn append_in_order(
     free: &Sender<Buffer>,
 ) -> Result<(), PipelineError> {
     for reply in ordered {
-        let done = reply.recv().map_err(|_| PipelineError::Worker)?;
-        let stored = done.stored?;
-        let kind = if stored.is_some() {
-            ChunkKind::Zstd
-        } else {
-            ChunkKind::Plain
-        };
-        image.append_chunk(&StoredChunk {
-            stored: stored.as_deref().unwrap_or(done.raw.filled()),
-            raw_len: u32::try_from(done.raw.len).unwrap_or(u32::MAX),
-            stored_crc: done.crc,
-            raw_digest: done.digest,
-            kind,
-        })?;
-        let mut buffer = done.raw;
-        buffer.len = 0;
-        let _ = free.try_send(buffer);
+        let Done { mut raw, sealed } = reply.recv().map_err(|_| PipelineError::Worker)?;
+        append(image, raw.filled(), &sealed?)?;
+        raw.len = 0;
+        let _ = free.try_send(raw);
     }
     Ok(())
 }
@@ -266,7 +199,7 @@ impl<'a> Cutter<'a> {
     fn run(mut self, stream: &mut dyn Read) -> Result<Encoded, PipelineError> {
         let mut open = self.dispatcher.buffer()?;
         let mut parsed = 0;
-        while open.fill(stream, self.chunker.read_len(self.next_page))? > 0 {
+        while fill(&mut open, stream, self.chunker.read_len(self.next_page))? > 0 {
             parsed = self.parse(&mut open, parsed)?;
             if open.len == open.bytes.len() {
                 if parsed == 0 {

@@ -7,20 +7,28 @@
 //! Memory is `2 × threads + 2` buffers of one chunk each way, whatever the guest's size. The first error stops all
 //! threads and is the one reported. The number of threads never changes a byte of the image.
 
+mod capture;
 mod chunker;
+mod cursor;
 mod decode;
 mod encode;
+mod gather;
 mod pipe;
+mod region;
+mod sealing;
 
+pub use capture::{StoppedGuestMemory, capture};
 pub use decode::{decode, examine};
 pub use encode::{Encoded, Encoding, encode};
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
+pub use region::StoppedBlock;
 
 use std::io;
 
 use crate::codec::CodecError;
 use crate::container::ContainerError;
 use crate::error::{Blame, ErrorKind};
+use crate::host::HostError;
 use crate::stream::StreamError;
 use crate::units::StreamOffset;
 
@@ -52,6 +60,9 @@ pub enum PipelineError {
     /// A chunk could not be compressed.
     #[error(transparent)]
     Codec(#[from] CodecError),
+    /// The memory of a stopped guest could not be read.
+    #[error("the guest's memory could not be read")]
+    Memory(#[source] HostError),
     /// One element of the stream is longer than a chunk can be.
     #[error("one element of the migration stream is longer than {max_len} bytes")]
     ElementTooLong {
@@ -78,7 +89,9 @@ impl Blame for PipelineError {
             PipelineError::Stream(error) => error.kind(),
             PipelineError::Cancelled => ErrorKind::Interrupted,
             PipelineError::ElementTooLong { .. } => ErrorKind::Host,
-            PipelineError::Read(_) | PipelineError::Output(_) => ErrorKind::Host,
+            PipelineError::Read(_) | PipelineError::Memory(_) | PipelineError::Output(_) => {
+                ErrorKind::Host
+            }
             PipelineError::Codec(_) | PipelineError::Worker => ErrorKind::Failed,
         }
     }

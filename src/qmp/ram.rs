@@ -1,7 +1,11 @@
-//! Where QEMU keeps the guest's RAM in its own memory.
+//! Where QEMU keeps the guest's RAM in its own memory, and the device state without it.
 //!
 //! Source: QEMU `softmmu/physmem.c`, `ram_block_format`, and `monitor/misc.c`, `hmp_gpa2hva`; seen on 7.2 and 10.0.
 
+use std::os::fd::BorrowedFd;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::json;
 
 use super::client::QmpClient;
@@ -37,6 +41,31 @@ impl QmpClient {
             }
         }
         Ok(Some(blocks))
+    }
+
+    /// Writes the device state of a guest that does not run into an empty file, open for writing only.
+    ///
+    /// With `gives_up_disks` QEMU lets go of the guest's disks as at the end of a migration; `cont` takes them back.
+    ///
+    /// Source: QEMU `qapi/migration.json`, `xen-save-devices-state`; it works without Xen.
+    pub fn save_device_state(
+        &mut self,
+        file: BorrowedFd<'_>,
+        gives_up_disks: bool,
+    ) -> Result<(), QmpError> {
+        #[derive(Deserialize)]
+        struct Added {
+            #[serde(rename = "fdset-id")]
+            fdset_id: u64,
+        }
+        let Added { fdset_id } = self.execute_with_fd("add-fd", json!({}), file)?;
+        let arguments = json!({
+            "filename": format!("/dev/fdset/{fdset_id}"),
+            "live": gives_up_disks,
+        });
+        let saved = self.execute::<IgnoredAny>("xen-save-devices-state", arguments);
+        let removed = self.execute::<IgnoredAny>("remove-fd", json!({ "fdset-id": fdset_id }));
+        saved.and(removed).map(|_| ())
     }
 
     /// Runs a command of the human monitor; what it prints.

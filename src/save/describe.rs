@@ -100,6 +100,11 @@ impl Description {
         self.process.id
     }
 
+    /// Its resolved machine type.
+    pub fn machine_type(&self) -> &str {
+        &self.machine_type
+    }
+
     /// Whether its QEMU has ended.
     pub fn is_gone(&self) -> bool {
         !self.process.id.is_alive()
@@ -285,6 +290,7 @@ impl Description {
         &self,
         mut manifest: Manifest,
         stream: &StreamSummary,
+        is_direct: bool,
         digest_disks: bool,
         progress: &dyn Progress,
     ) -> Result<Manifest> {
@@ -309,6 +315,7 @@ impl Description {
             data_pages: stream.data_pages,
             zero_pages: stream.zero_pages,
             vmdescription: stream.vmdescription.is_some(),
+            capture: Some(if is_direct { "memory" } else { "migration" }.to_owned()),
             other: Default::default(),
         });
         for resource in &mut manifest.resources {

@@ -64,6 +64,12 @@ pub enum SaveError {
         /// QEMU's status of that migration.
         status: String,
     },
+    /// Another vmstow saves it already.
+    #[error("{guest} is being saved already; it was not touched")]
+    BeingSaved {
+        /// Its name.
+        guest: String,
+    },
     /// QEMU would refuse.
     #[error("QEMU refuses to migrate {guest}, which {left}")]
     Blocked {
@@ -104,6 +110,15 @@ pub enum SaveError {
         /// QEMU's own words, where it had any.
         words: Option<String>,
     },
+    /// The device state was as we know it when it was tried, and is not any more.
+    #[error("QEMU's device state is not as it was a moment ago")]
+    DeviceState,
+    /// There is no room in memory for the device state.
+    #[error("the device state could not be kept in memory")]
+    Buffer {
+        /// The system's reason.
+        source: io::Error,
+    },
     /// QEMU ended while it was saved.
     #[error("QEMU ended in the middle of the save")]
     QemuEnded,
@@ -118,6 +133,9 @@ pub enum SaveError {
     /// Another client of QEMU started the guest while it was saved.
     #[error("somebody else started the guest while it was saved")]
     Resumed,
+    /// Another client of QEMU migrated the guest while it was saved.
+    #[error("somebody else migrated the guest while it was saved")]
+    MigratedElsewhere,
     /// The migration took longer than was allowed.
     #[error("the save took longer than {} s", limit.as_secs())]
     TimedOut {

@@ -12,6 +12,7 @@ use rustix::pipe::PipeFlags;
 use super::describe::Description;
 use super::{GuestLeft, Plan, SaveError, SaveRequest, Then};
 use crate::error::{Error, Result};
+use crate::host::ProcessLock;
 use crate::pipeline::PipelineError;
 use crate::progress::Progress;
 use crate::qmp::{MigrationStatus, QmpClient, QmpError, RunState, SavedSettings};
@@ -94,6 +95,7 @@ impl GuardedGuest {
             settings,
             run_state,
             was_running,
+            lock,
             ..
         } = self.plan;
         let from_postmigrate = run_state == RunState::Postmigrate;
@@ -101,20 +103,28 @@ impl GuardedGuest {
             if from_postmigrate {
                 qmp.cont()?;
             }
-            qmp.stop()
+            qmp.stop()?;
+            qmp.query_status()
         });
         qmp.take_events();
+        let state = match &stopped {
+            Ok(state) => state.clone(),
+            Err(_) => run_state.clone(),
+        };
         let guest = StoppedGuest {
             qmp,
             description,
             settings,
             before: run_state,
+            stopped: state,
+            is_migrated: false,
+            lock,
             was_running,
             then: self.then,
             guardian: self.guardian,
         };
         match stopped {
-            Ok(()) => Ok(guest),
+            Ok(_) => Ok(guest),
             Err(error) => Err(guest.put_back(error.into())),
         }
     }
@@ -126,12 +136,32 @@ pub struct StoppedGuest {
     description: Description,
     settings: SavedSettings,
     before: RunState,
+    /// What QEMU calls its state since it was stopped.
+    stopped: RunState,
+    /// Whether its state is taken by a migration.
+    is_migrated: bool,
+    lock: Option<ProcessLock>,
     was_running: bool,
     then: Then,
     guardian: Guardian,
 }
 
 impl StoppedGuest {
+    /// Its QEMU's monitor.
+    pub fn qmp(&mut self) -> &mut QmpClient {
+        &mut self.qmp
+    }
+
+    /// Whether no other saver can be at work: QEMU itself keeps two migrations apart, but not two who read its memory.
+    pub fn is_locked(&self) -> bool {
+        self.lock.is_some()
+    }
+
+    /// What QEMU calls the guest's state since it was stopped and before it was migrated.
+    pub fn state_when_stopped(&self) -> &RunState {
+        &self.stopped
+    }
+
     /// What is known of the guest.
     pub fn description(&self) -> &Description {
         &self.description
@@ -149,6 +179,7 @@ impl StoppedGuest {
         let _ = rustix::pipe::fcntl_setpipe_size(&ours, PIPE_LEN);
         self.qmp.getfd(STREAM_NAME, qemus.as_fd())?;
         drop(qemus);
+        self.is_migrated = true;
         self.qmp.migrate(&format!("fd:{STREAM_NAME}"))?;
         let deadline = timeout.map(|limit| (Instant::now() + limit, limit));
         Ok(GuestStream {
@@ -172,7 +203,7 @@ impl StoppedGuest {
         self.confirm_stopped()
     }
 
-    /// Whether nobody started the guest since it was migrated: what it did then is in no image.
+    /// Whether nobody started or migrated the guest since it was stopped: what it did then is in no image.
     pub fn confirm_stopped(&mut self) -> Result<()> {
         self.qmp.poll_events()?;
         let resumed = self
@@ -180,13 +211,32 @@ impl StoppedGuest {
             .take_events()
             .iter()
             .any(|event| event.name == "RESUME");
+        if resumed {
+            return Err(SaveError::Resumed.into());
+        }
+        match self.is_migrated {
+            true => self.confirm_migrated(),
+            false => self.confirm_untouched(),
+        }
+    }
+
+    fn confirm_migrated(&mut self) -> Result<()> {
         let deadline = Instant::now() + SETTLE;
         loop {
             match self.qmp.query_status()? {
-                RunState::Postmigrate if !resumed => return Ok(()),
+                RunState::Postmigrate => return Ok(()),
                 RunState::FinishMigrate if Instant::now() < deadline => pause(),
                 _ => return Err(SaveError::Resumed.into()),
             }
+        }
+    }
+
+    fn confirm_untouched(&mut self) -> Result<()> {
+        let is_migrating = self.qmp.query_migrate()?.status.is_active();
+        match self.qmp.query_status()? {
+            state if state == self.stopped && !is_migrating => Ok(()),
+            RunState::Running => Err(SaveError::Resumed.into()),
+            _ => Err(SaveError::MigratedElsewhere.into()),
         }
     }
 

@@ -8,6 +8,7 @@
 //! failure puts the guest back as it was, and the guardian does so if this process is killed; from then on the save is
 //! finished, never undone.
 
+mod capture;
 mod describe;
 mod error;
 mod guest;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use uuid::Uuid;
 
+pub use capture::Capture;
 pub use error::{GuestLeft, SaveError};
 pub use plan::{Plan, PlanReport};
 pub use source::Source;
@@ -45,6 +47,8 @@ pub struct SaveRequest {
     pub target: Location,
     /// Whether an image of that name may be replaced.
     pub may_replace: bool,
+    /// Where the state is taken from.
+    pub capture: Capture,
     /// Layout, level, chunk size, threads.
     pub encoding: Encoding,
     /// What becomes of the guest when its image is published.
@@ -147,14 +151,13 @@ fn save_guarded(
     })
 }
 
-/// Everything between the guest's stop and the image's name: migrate, encode, confirm, describe, seal.
+/// Everything between the guest's stop and the image's name: take its state, describe, seal.
 fn write_image(
     guest: &mut StoppedGuest,
     request: &SaveRequest,
     sink: &mut dyn Sink,
     progress: &dyn Progress,
 ) -> Result<SaveReport> {
-    let mut stream = guest.start_migration(request.timeout, progress)?;
     let encoding = &request.encoding.fitting(guest.description().memory_bytes);
     let identity = Identity {
         image_uuid: Uuid::new_v4(),
@@ -176,17 +179,19 @@ fn write_image(
         head,
     )?;
     progress.begin("saving", Some(guest.description().memory_bytes));
-    let encoded = match pipeline::encode(&mut stream, &mut image, encoding, progress) {
-        Ok(encoded) => encoded,
-        Err(error) => return Err(guest.explain(error, stream)),
-    };
+    let (encoded, is_direct) = guest.take(
+        request.capture,
+        &mut image,
+        encoding,
+        request.timeout,
+        progress,
+    )?;
     progress.end();
-    drop(stream);
-    guest.confirm_completed()?;
     progress.begin("sealing", None);
     let manifest = guest.description().complete(
         provisional,
         &encoded.stream,
+        is_direct,
         request.digest_disks,
         progress,
     )?;

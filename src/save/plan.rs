@@ -10,8 +10,8 @@ use super::describe::Description;
 use super::{GuestLeft, SaveError, SaveRequest, Source};
 use crate::container::Layout;
 use crate::error::Result;
-use crate::host::{self, HostError, ProcessFacts, RuntimeDir};
-use crate::qmp::{QmpClient, RunState, SavedSettings};
+use crate::host::{self, HostError, ProcessFacts, ProcessId, ProcessLock, RuntimeDir};
+use crate::qmp::{QmpClient, QmpError, RunState, SavedSettings};
 use crate::store::{Location, check_target};
 
 /// How long a monitor may take to greet.
@@ -25,6 +25,8 @@ pub struct Plan {
     pub(super) settings: SavedSettings,
     pub(super) run_state: RunState,
     pub(super) was_running: bool,
+    /// Keeps other savers away; `None` where the kernel knows no such lock.
+    pub(super) lock: Option<ProcessLock>,
     report: PlanReport,
 }
 
@@ -81,10 +83,18 @@ impl Plan {
         let mut qmp = QmpClient::connect(&monitor, GREETING)?;
         let pid = process_behind(&qmp, &monitor)?;
         refuse_other(wanted, pid, &monitor)?;
+        let lock = match ProcessId::of(pid)?.lock() {
+            Ok(Some(lock)) => Some(lock),
+            Ok(None) => {
+                let guest = name_of(&mut qmp, pid)?;
+                return Err(SaveError::BeingSaved { guest }.into());
+            }
+            Err(_) => None,
+        };
         let run_state = qmp.query_status()?;
         let migration = qmp.query_migrate()?;
         if migration.status.is_active() {
-            let guest = qmp.query_name()?.unwrap_or_else(|| format!("pid {pid}"));
+            let guest = name_of(&mut qmp, pid)?;
             let status = migration.status.to_string();
             return Err(SaveError::MigrationActive { guest, status }.into());
         }
@@ -109,6 +119,7 @@ impl Plan {
             settings,
             run_state,
             was_running,
+            lock,
             report,
         })
     }
@@ -183,6 +194,10 @@ impl Plan {
             _ => Ok(()),
         }
     }
+}
+
+fn name_of(qmp: &mut QmpClient, pid: i32) -> Result<String, QmpError> {
+    Ok(qmp.query_name()?.unwrap_or_else(|| format!("pid {pid}")))
 }
 
 /// Whether the guest has to be let run on when it is put back. From QEMU 9 on `stop` holds a suspended guest too.

@@ -10,6 +10,7 @@
 //! | `ram`, `page_set` | the records of the `ram` section; which pages came |
 //! | `device_state`, `device_walk`, `footer_search` | the device sections: with their description and without |
 //! | `vmdescription` | the JSON that tells how long they are |
+//! | [`writer`] | the stream around page records that were not made by QEMU |
 //! | `section` | the header and the footer of every section |
 //! | [`error`] | what can be wrong with a stream |
 //! | `cursor` | big-endian integers and names, read forward |
@@ -27,6 +28,7 @@ mod sample;
 mod section;
 mod vmdescription;
 pub mod wire;
+pub mod writer;
 
 pub use device_state::{DeviceSection, VmDescription};
 pub use error::{Place, StreamError};

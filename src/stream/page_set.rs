@@ -49,6 +49,12 @@ impl PageSet {
         is_new
     }
 
+    /// Puts every page in.
+    pub(super) fn fill(&mut self) {
+        self.leaves.fill_with(|| Leaf::Full);
+        self.present = self.page_count;
+    }
+
     fn leaf_pages(&self, leaf: u64) -> u64 {
         let before = leaf.saturating_mul(LEAF_PAGES);
         self.page_count.saturating_sub(before).min(LEAF_PAGES)

@@ -174,6 +174,15 @@ impl Parser {
         self.configuration.machine_type.as_deref()
     }
 
+    /// Steps over the page records of the whole guest, which the caller made himself and does not show: `len` bytes in
+    /// all, `data` pages with bytes and `zero` without. Only where page records may stand, behind the block list.
+    pub fn skip_all_pages(&mut self, len: u64, data: u64, zero: u64) {
+        if let Some(ram) = &mut self.ram {
+            ram.take_all(data, zero);
+        }
+        self.position += len;
+    }
+
     /// No more bytes will come: checks that the stream is whole.
     ///
     /// # Errors

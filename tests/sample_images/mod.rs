@@ -96,6 +96,7 @@ pub fn full_manifest() -> Manifest {
             data_pages: 0,
             zero_pages: 3,
             vmdescription: false,
+            capture: None,
             other: other(),
         }),
         other: other(),

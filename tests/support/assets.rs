@@ -27,6 +27,14 @@ impl Qemu {
             ),
         }
     }
+
+    /// What it calls a guest that ran, and was saved and left stopped: 7.2 has to migrate it.
+    pub fn state_behind_a_save(self) -> &'static str {
+        match self {
+            Qemu::V10 => "paused",
+            Qemu::V7_2 => "postmigrate",
+        }
+    }
 }
 
 /// The Linux guest's kernel.
