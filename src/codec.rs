@@ -101,32 +101,48 @@ impl Decompressor {
         raw_len: usize,
         raw: &mut Vec<u8>,
     ) -> Result<(), CodecError> {
-        let frame_len = zstd_safe::find_frame_compressed_size(stored).map_err(|code| {
-            CodecError::Decompress {
-                reason: zstd_safe::get_error_name(code).to_owned(),
-            }
-        })?;
-        if frame_len != stored.len() {
-            return Err(CodecError::NotOneFrame {
-                frame_len,
-                stored_len: stored.len(),
-            });
-        }
-        let content_len = zstd_safe::get_frame_content_size(stored).ok().flatten();
-        if content_len != Some(raw_len as u64) {
-            return Err(CodecError::ContentLen { expected: raw_len });
-        }
+        check_frame(stored, raw_len)?;
         raw.clear();
         raw.reserve(raw_len);
-        let len = self
-            .0
-            .decompress_to_buffer(stored, raw)
-            .map_err(decompress_error)?;
-        if len == raw_len {
-            Ok(())
-        } else {
-            Err(CodecError::ContentLen { expected: raw_len })
-        }
+        let len = self.0.decompress_to_buffer(stored, raw);
+        check_len(len, raw_len)
+    }
+
+    /// As [`Decompressor::decompress`], into a buffer of exactly the expected length.
+    ///
+    /// # Errors
+    /// As [`Decompressor::decompress`].
+    pub fn decompress_into(&mut self, stored: &[u8], raw: &mut [u8]) -> Result<(), CodecError> {
+        let raw_len = raw.len();
+        check_frame(stored, raw_len)?;
+        let len = self.0.decompress_to_buffer(stored, raw);
+        check_len(len, raw_len)
+    }
+}
+
+/// Whether `stored` is one frame that says that it decodes to `raw_len` bytes.
+fn check_frame(stored: &[u8], raw_len: usize) -> Result<(), CodecError> {
+    let frame_len =
+        zstd_safe::find_frame_compressed_size(stored).map_err(|code| CodecError::Decompress {
+            reason: zstd_safe::get_error_name(code).to_owned(),
+        })?;
+    if frame_len != stored.len() {
+        return Err(CodecError::NotOneFrame {
+            frame_len,
+            stored_len: stored.len(),
+        });
+    }
+    let content_len = zstd_safe::get_frame_content_size(stored).ok().flatten();
+    match content_len == Some(raw_len as u64) {
+        true => Ok(()),
+        false => Err(CodecError::ContentLen { expected: raw_len }),
+    }
+}
+
+fn check_len(decoded: std::io::Result<usize>, expected: usize) -> Result<(), CodecError> {
+    match decoded.map_err(decompress_error)? == expected {
+        true => Ok(()),
+        false => Err(CodecError::ContentLen { expected }),
     }
 }
 

@@ -7,11 +7,13 @@
 //! Memory is `2 × threads + 2` buffers of one chunk each way, whatever the guest's size. The first error stops all
 //! threads and is the one reported. The number of threads never changes a byte of the image.
 
+mod check;
 mod chunker;
 mod decode;
 mod encode;
 mod pipe;
 
+pub use check::{Checked, check};
 pub use decode::{decode, examine};
 pub use encode::{Encoded, Encoding, encode};
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
