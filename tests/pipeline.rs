@@ -287,7 +287,7 @@ fn damage_is_found_chunk_by_chunk_whether_or_not_the_bytes_are_wanted_and_by_any
         assert_eq!(damage_seen(&image, 2), (Vec::new(), stream.len() as u64));
         for (number, entry) in chunks.iter().enumerate().step_by(3) {
             let at = entry.stored_offset.0 + number as u64 * 7 % u64::from(entry.stored_len);
-            file[at as usize] ^= 1 << (number % 8);
+            file[usize::try_from(at).unwrap()] ^= 1 << (number % 8);
         }
         let image = Image::open(file).unwrap();
         let (mut expected, mut good_bytes) = (Vec::new(), 0);

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use super::PipelineError;
+use super::{DEFAULT_CHUNK_LEN, PipelineError};
 use crate::bytes::ReadAt;
 use crate::codec::Decompressor;
 use crate::container::{ChunkEntry, ChunkIter, ChunkKind, ContainerError, Image};
@@ -18,8 +18,8 @@ use crate::digest::Digest;
 use crate::progress::Progress;
 use crate::units::ChunkIndex;
 
-/// Bytes of the stream that a worker takes at once, in whole chunks.
-const GROUP_LEN: usize = 1 << 20;
+/// Bytes of the stream that a worker takes at once, in whole chunks: four of the usual size with their page headers.
+const GROUP_LEN: usize = 4 * (DEFAULT_CHUNK_LEN + DEFAULT_CHUNK_LEN / 64);
 
 /// What a check found.
 #[derive(Debug, Default)]
