@@ -1,8 +1,35 @@
 //! Compression: one chunk in, one zstd frame out, and back.
 //!
 //! Contexts are kept and used again; a frame depends on its input and the level alone, never on what came before.
+//!
+//! # The default level
+//!
+//! Chunks are compressed one by one, 256 KiB of guest memory each. zstd's own parameters for such inputs were measured
+//! against others, on one core of an EPYC of 2024: CPU seconds, and bytes as a multiple of what `zstd -3` makes of the
+//! whole stream. *Files*: 931 MB of a q35 guest's memory, mostly files below /usr. *Linux*: 113 MB of a booted guest.
+//!
+//! | parameters | files | | Linux | |
+//! |---|---|---|---|---|
+//! | level -5 | 1.15 s | 1.399 | 0.081 s | 1.292 |
+//! | level -1 | 1.43 s | 1.213 | 0.093 s | 1.123 |
+//! | level 1 | 1.74 s | 1.102 | 0.127 s | 1.031 |
+//! | level 1, minMatch 5, hashLog 14 | 1.93 s | 1.073 | 0.141 s | 1.018 |
+//! | **dfast, minMatch 5, hashLog 15, chainLog 14** | 2.06 s | **1.053** | 0.151 s | **1.013** |
+//! | dfast, minMatch 4, hashLog 15, chainLog 14 | 2.23 s | 1.044 | 0.176 s | 1.006 |
+//! | zstd's level 2 | 2.23 s | 1.072 | 0.150 s | 1.021 |
+//! | level 3 | 2.26 s | 1.044 | 0.171 s | 1.009 |
+//!
+//! The bold line is both smaller and not slower than zstd's level 2, so it stands in its place here and is the default.
+//! `ZSTD_c_targetCBlockSize` and larger tables (hashLog 16, 17) cost more than they give; smaller ones (12, 13) lose more
+//! than they save: the tables fit into the second-level cache all the same.
+//!
+//! Chunks that do not compress need no way of their own: zstd gives up on them at 12 GB/s (21 µs for 256 KiB of noise, a
+//! sixth of what their digest costs) and stores them as raw blocks of a frame, 15 bytes longer.
+//!
+//! Frames carry no checksum of zstd's, since the container has its own, and state their content size.
 
 use zstd::bulk;
+use zstd_safe::{CParameter, Strategy};
 
 /// What a frame of an image can have wrong.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -36,7 +63,15 @@ pub enum CodecError {
 }
 
 /// The level used where none is asked for.
-pub const DEFAULT_LEVEL: i32 = 1;
+pub const DEFAULT_LEVEL: i32 = 2;
+
+/// What stands in place of zstd's level 2; measured in this module's documentation.
+const LEVEL_2: [CParameter; 4] = [
+    CParameter::Strategy(Strategy::ZSTD_dfast),
+    CParameter::MinMatch(5),
+    CParameter::HashLog(15),
+    CParameter::ChainLog(14),
+];
 
 /// The levels zstd knows, fastest first.
 pub fn levels() -> std::ops::RangeInclusive<i32> {
@@ -52,9 +87,13 @@ impl Compressor {
     /// # Errors
     /// [`CodecError::Compress`] if zstd cannot make a context.
     pub fn new(level: i32) -> Result<Self, CodecError> {
-        bulk::Compressor::new(level)
-            .map(Compressor)
-            .map_err(compress_error)
+        let mut compressor = bulk::Compressor::new(level).map_err(compress_error)?;
+        if level == 2 {
+            let mut set = LEVEL_2.into_iter();
+            set.try_for_each(|parameter| compressor.set_parameter(parameter))
+                .map_err(compress_error)?;
+        }
+        Ok(Compressor(compressor))
     }
 
     /// Replaces `frame` by the one frame that holds `raw`; the frame states its content size and carries no checksum.
@@ -101,32 +140,48 @@ impl Decompressor {
         raw_len: usize,
         raw: &mut Vec<u8>,
     ) -> Result<(), CodecError> {
-        let frame_len = zstd_safe::find_frame_compressed_size(stored).map_err(|code| {
-            CodecError::Decompress {
-                reason: zstd_safe::get_error_name(code).to_owned(),
-            }
-        })?;
-        if frame_len != stored.len() {
-            return Err(CodecError::NotOneFrame {
-                frame_len,
-                stored_len: stored.len(),
-            });
-        }
-        let content_len = zstd_safe::get_frame_content_size(stored).ok().flatten();
-        if content_len != Some(raw_len as u64) {
-            return Err(CodecError::ContentLen { expected: raw_len });
-        }
+        check_frame(stored, raw_len)?;
         raw.clear();
         raw.reserve(raw_len);
-        let len = self
-            .0
-            .decompress_to_buffer(stored, raw)
-            .map_err(decompress_error)?;
-        if len == raw_len {
-            Ok(())
-        } else {
-            Err(CodecError::ContentLen { expected: raw_len })
-        }
+        let len = self.0.decompress_to_buffer(stored, raw);
+        check_len(len, raw_len)
+    }
+
+    /// As [`Decompressor::decompress`], into a buffer of exactly the expected length.
+    ///
+    /// # Errors
+    /// As [`Decompressor::decompress`].
+    pub fn decompress_into(&mut self, stored: &[u8], raw: &mut [u8]) -> Result<(), CodecError> {
+        let raw_len = raw.len();
+        check_frame(stored, raw_len)?;
+        let len = self.0.decompress_to_buffer(stored, raw);
+        check_len(len, raw_len)
+    }
+}
+
+/// Whether `stored` is one frame that says that it decodes to `raw_len` bytes.
+fn check_frame(stored: &[u8], raw_len: usize) -> Result<(), CodecError> {
+    let frame_len =
+        zstd_safe::find_frame_compressed_size(stored).map_err(|code| CodecError::Decompress {
+            reason: zstd_safe::get_error_name(code).to_owned(),
+        })?;
+    if frame_len != stored.len() {
+        return Err(CodecError::NotOneFrame {
+            frame_len,
+            stored_len: stored.len(),
+        });
+    }
+    let content_len = zstd_safe::get_frame_content_size(stored).ok().flatten();
+    match content_len == Some(raw_len as u64) {
+        true => Ok(()),
+        false => Err(CodecError::ContentLen { expected: raw_len }),
+    }
+}
+
+fn check_len(decoded: std::io::Result<usize>, expected: usize) -> Result<(), CodecError> {
+    match decoded.map_err(decompress_error)? == expected {
+        true => Ok(()),
+        false => Err(CodecError::ContentLen { expected }),
     }
 }
 

@@ -1,5 +1,7 @@
 //! SHA-256 digests and CRC-32C checksums.
 
+mod lanes;
+
 use std::fmt;
 
 use sha2::{Digest as _, Sha256};
@@ -12,6 +14,12 @@ impl Digest {
     /// The digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         Digest(Sha256::digest(bytes).into())
+    }
+
+    /// The digest of each of `pieces`; quicker than one after the other where the processor has SHA instructions and
+    /// the pieces are about as long as each other.
+    pub fn of_each(pieces: &[&[u8]]) -> Vec<Self> {
+        lanes::of_each(pieces)
     }
 
     /// The first twelve hexadecimal digits, enough for a person to compare.

@@ -262,6 +262,54 @@ fn chunks_follow_regions_so_that_a_changed_page_changes_one_chunk() {
     assert_eq!(different, 1);
 }
 
+/// What is wrong with each chunk, as text, and how many are right.
+fn damage_seen(image: &Image<Vec<u8>>, threads: usize) -> (Vec<String>, u64) {
+    let checked = pipeline::check(image, threads, &Silent).unwrap();
+    assert!(checked.ended_by.is_none());
+    let damaged = checked.damaged.iter().map(|error| format!("{error:?}"));
+    (damaged.collect(), checked.good_bytes)
+}
+
+#[test]
+fn damage_is_found_chunk_by_chunk_whether_or_not_the_bytes_are_wanted_and_by_any_number_of_threads()
+{
+    let (_, stream) = streams().remove(0);
+    for layout in [Layout::Zstd, Layout::Raw] {
+        let encoding = Encoding {
+            layout,
+            level: 1,
+            chunk_len: 16 << 10,
+            threads: 2,
+        };
+        let mut file = image_of(&stream, &encoding, usize::MAX);
+        let image = Image::open(file.clone()).unwrap();
+        let chunks: Vec<_> = image.chunks().map(Result::unwrap).collect();
+        assert_eq!(damage_seen(&image, 2), (Vec::new(), stream.len() as u64));
+        for (number, entry) in chunks.iter().enumerate().step_by(3) {
+            let at = entry.stored_offset.0 + number as u64 * 7 % u64::from(entry.stored_len);
+            file[usize::try_from(at).unwrap()] ^= 1 << (number % 8);
+        }
+        let image = Image::open(file).unwrap();
+        let (mut expected, mut good_bytes) = (Vec::new(), 0);
+        pipeline::examine(&image, 1, &Silent, &mut |_, raw| {
+            match raw {
+                Ok(raw) => good_bytes += raw.len() as u64,
+                Err(error) => expected.push(format!("{error:?}")),
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(expected.len(), chunks.len().div_ceil(3));
+        for threads in [1, 2, 7] {
+            assert_eq!(
+                damage_seen(&image, threads),
+                (expected.clone(), good_bytes),
+                "{layout:?} {threads}"
+            );
+        }
+    }
+}
+
 /// What comes out of a pipe, if the whole image was found right.
 fn through_a_pipe(file: &[u8], max_read: usize) -> Option<Vec<u8>> {
     let piped = PipedImage::begin(Dribble {

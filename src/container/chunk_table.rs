@@ -108,17 +108,25 @@ impl ChunkEntry {
                 found,
             });
         }
-        let (expected, found) = (self.raw_digest, Digest::of(raw));
-        if expected != found {
-            return Err(ContainerError::HashMismatch {
-                chunk,
-                at,
-                stream_offset,
-                expected,
-                found,
-            });
+        self.check_digest(Digest::of(raw))
+    }
+
+    /// Holds the digest of decoded bytes, whose length is right, against the entry.
+    ///
+    /// # Errors
+    /// [`ContainerError::HashMismatch`].
+    pub fn check_digest(&self, found: Digest) -> Result<(), ContainerError> {
+        let expected = self.raw_digest;
+        if expected == found {
+            return Ok(());
         }
-        Ok(())
+        Err(ContainerError::HashMismatch {
+            chunk: self.index,
+            at: self.stored_offset,
+            stream_offset: self.stream_offset,
+            expected,
+            found,
+        })
     }
 
     /// Where its stored bytes end. Entries that were parsed do not overflow here.

@@ -151,21 +151,36 @@ impl<R: ReadAt> Image<R> {
     /// # Errors
     /// [`ContainerError::ChunkCrc`]; [`ContainerError::NotAFrame`]; [`ContainerError::Read`].
     pub fn read_stored(&self, entry: &ChunkEntry, buf: &mut Vec<u8>) -> Result<(), ContainerError> {
-        let chunk = entry.index;
-        let is_inside = self
-            .footer
-            .payload_end()
-            .is_some_and(|end| entry.stored_end() <= end);
-        if !is_inside {
-            return Err(ContainerError::WrongChunk {
-                chunk,
-                field: "STORED_OFFSET",
-                at: entry.stored_offset,
-            });
-        }
+        self.check_place(entry)?;
         buf.resize(entry.stored_len as usize, 0);
+        self.read_stored_into(entry, buf)
+    }
+
+    /// As [`Image::read_stored`], into a buffer of exactly the stored length.
+    ///
+    /// # Errors
+    /// As [`Image::read_stored`].
+    pub fn read_stored_into(
+        &self,
+        entry: &ChunkEntry,
+        buf: &mut [u8],
+    ) -> Result<(), ContainerError> {
+        self.check_place(entry)?;
         read_at(&self.reader, buf, entry.stored_offset.0)?;
         entry.check_stored(buf)
+    }
+
+    /// Nothing is read, and no memory taken, for bytes outside the payload.
+    fn check_place(&self, entry: &ChunkEntry) -> Result<(), ContainerError> {
+        let end = self.footer.payload_end();
+        match end.is_some_and(|end| entry.stored_end() <= end) {
+            true => Ok(()),
+            false => Err(ContainerError::WrongChunk {
+                chunk: entry.index,
+                field: "STORED_OFFSET",
+                at: entry.stored_offset,
+            }),
+        }
     }
 }
 

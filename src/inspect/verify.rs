@@ -100,12 +100,9 @@ pub fn verify(
     };
     if depth != Depth::Quick {
         progress.begin("verifying", Some(image.stream_len()));
-        let visited = pipeline::examine(image, threads, progress, &mut |_, raw| {
-            chunks.visit(raw.map_err(|error| Problem::of_chunk(error, image)));
-            Ok(())
-        });
+        let looked = chunks.look(image, depth, threads, progress);
         progress.end();
-        match visited {
+        match looked {
             Err(PipelineError::Container(_)) if !problems.is_empty() => {}
             other => other?,
         }
@@ -158,6 +155,29 @@ struct Chunks {
 }
 
 impl Chunks {
+    /// Looks at every chunk.
+    fn look<R: ReadAt>(
+        &mut self,
+        image: &Image<R>,
+        depth: Depth,
+        threads: usize,
+        progress: &dyn Progress,
+    ) -> Result<(), PipelineError> {
+        if depth == Depth::Deep {
+            return pipeline::examine(image, threads, progress, &mut |_, raw| {
+                self.visit(raw.map_err(|error| Problem::of_chunk(error, image)));
+                Ok(())
+            });
+        }
+        let checked = pipeline::check(image, threads, progress)?;
+        (self.good, self.good_bytes) = (checked.good, checked.good_bytes);
+        let damaged = checked.damaged.into_iter();
+        self.problems = damaged
+            .map(|error| Problem::of_chunk(error, image))
+            .collect();
+        Ok(checked.ended_by.map_or(Ok(()), Err)?)
+    }
+
     fn visit(&mut self, raw: Result<&[u8], Problem>) {
         match raw {
             Ok(raw) => {

@@ -8,6 +8,7 @@
 //! threads and is the one reported. The number of threads never changes a byte of the image.
 
 mod capture;
+mod check;
 mod chunker;
 mod cursor;
 mod decode;
@@ -18,6 +19,7 @@ mod region;
 mod sealing;
 
 pub use capture::{StoppedGuestMemory, capture};
+pub use check::{Checked, check};
 pub use decode::{decode, examine};
 pub use encode::{Encoded, Encoding, encode};
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};

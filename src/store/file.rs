@@ -1,4 +1,24 @@
 //! Files: positioned reads, and writes that appear under their name only when whole.
+//!
+//! # How an image is written
+//!
+//! Small pieces are collected to one MiB, large ones go to the kernel as they are. Every 8 MiB the kernel is told that
+//! what it holds of the file is not needed again: it begins to write it to the disk, and forgets what is there already. So the
+//! last sync has next to nothing to wait for, and an image of any size takes some MiB of the page cache away from others.
+//! Measured with 896 MiB on ext4, a disk of some GB/s, medians:
+//!
+//! | way | until synced | CPU in the kernel | left in the page cache |
+//! |---|---|---|---|
+//! | no advice | 0.24 s | 0.18 s | 896 MiB |
+//! | advice each 32 MiB | 0.22 s | 0.19 s | 32 MiB |
+//! | **advice each 8 MiB** | **0.18 s** | **0.16 s** | **8 MiB** |
+//! | `sync_file_range` each 8 MiB, no advice | 0.16 s | 0.13 s | 896 MiB |
+//! | `sync_file_range`, advice 64 MiB behind | 0.18 s | 0.16 s | 72 MiB |
+//! | `O_DIRECT`, one MiB each | 0.28 s | 0.05 s | nothing |
+//!
+//! `O_DIRECT` takes less CPU in the kernel, but wants every byte copied to an aligned place first, and a writer that
+//! waits for the disk each time. The price of leaving the cache alone: whoever reads the image next (`vmstow verify`, a
+//! copy, a restore) reads it from the disk, here 0.2 to 0.3 s instead of 0.03 s.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -15,8 +35,11 @@ use crate::bytes::{PublishError, ReadAt, Sink};
 /// Bytes collected before they go to the kernel in one write.
 const WRITE_LEN: usize = 1 << 20;
 
+/// Pieces at least this long are not copied together with others first.
+const LARGE_LEN: usize = 1 << 18;
+
 /// Bytes after which the kernel is told to begin writing to the disk, so that the last sync is short.
-const FLUSH_LEN: u64 = 32 << 20;
+const FLUSH_LEN: u64 = 8 << 20;
 
 /// A regular file, or a block device, opened for reading.
 #[derive(Debug)]
@@ -199,13 +222,18 @@ impl FileSink {
 
     fn write_pending(&mut self) -> io::Result<()> {
         self.file.write_all(&self.pending)?;
-        self.written += self.pending.len() as u64;
+        let len = self.pending.len();
         self.pending.clear();
+        self.note_written(len);
+        Ok(())
+    }
+
+    fn note_written(&mut self, len: usize) {
+        self.written += len as u64;
         if self.written - self.flushed >= FLUSH_LEN {
             start_writeback(&self.file);
             self.flushed = self.written;
         }
-        Ok(())
     }
 
     fn has_no_name(&self) -> bool {
@@ -280,6 +308,12 @@ fn start_writeback(file: &File) {
 
 impl Sink for FileSink {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if bytes.len() >= LARGE_LEN {
+            self.write_pending()?;
+            self.file.write_all(bytes)?;
+            self.note_written(bytes.len());
+            return Ok(());
+        }
         self.pending.extend_from_slice(bytes);
         if self.pending.len() >= WRITE_LEN {
             self.write_pending()
@@ -353,6 +387,30 @@ mod tests {
             target.metadata().unwrap().permissions().mode() & 0o777,
             0o600
         );
+    }
+
+    #[test]
+    fn pieces_of_all_sizes_come_out_in_order() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("x.stow");
+        let mut sink = FileSink::create(&target, false).unwrap();
+        let mut expected = Vec::new();
+        for (number, len) in (1..).zip([
+            3,
+            LARGE_LEN,
+            70_000,
+            0,
+            9 << 20,
+            LARGE_LEN - 1,
+            1,
+            WRITE_LEN,
+        ]) {
+            sink.append(&vec![number; len]).unwrap();
+            expected.resize(expected.len() + len, number);
+        }
+        sink.sync().unwrap();
+        sink.publish().unwrap();
+        assert!(std::fs::read(&target).unwrap() == expected);
     }
 
     #[test]
