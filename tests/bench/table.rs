@@ -48,12 +48,13 @@ pub struct Sample {
     pub bytes: u64,
 }
 
-/// Bytes of our image and of a zstd frame.
+/// Bytes of our image and of single zstd frames at levels 3 and 1.
 #[derive(Debug)]
 pub struct SizeRow {
     pub guest: String,
     pub ours: u64,
-    pub theirs: u64,
+    pub zstd_3: u64,
+    pub zstd_1: u64,
 }
 
 /// The most bytes that vmstow had in memory.
@@ -100,15 +101,16 @@ impl Results {
             }
         }
         if !self.sizes.is_empty() {
-            text += "\n| guest | our zstd image, bytes | `zstd -3` of the stream | ratio | target |\n|---|---|---|---|---|\n";
+            text += "\n| guest | our zstd image, bytes | `zstd -3` of the stream | ratio | target | `zstd -1` | ratio |\n|---|---|---|---|---|---|---|\n";
         }
         for row in &self.sizes {
-            let ratio = as_f64(row.ours) / as_f64(row.theirs);
+            let ratio = as_f64(row.ours) / as_f64(row.zstd_3);
+            let ratio_1 = as_f64(row.ours) / as_f64(row.zstd_1);
             let verdict = verdict(ratio, Some(SIZE_TARGET));
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | {ratio:.3} | {verdict} |",
-                row.guest, row.ours, row.theirs
+                "| {} | {} | {} | {ratio:.3} | {verdict} | {} | {ratio_1:.3} |",
+                row.guest, row.ours, row.zstd_3, row.zstd_1
             );
         }
         if !self.memory.is_empty() {
@@ -174,7 +176,7 @@ impl Results {
         let sizes = self
             .sizes
             .iter()
-            .map(|it| json!({ "guest": it.guest, "ours": it.ours, "zstd_3": it.theirs }));
+            .map(|it| json!({ "guest": it.guest, "ours": it.ours, "zstd_3": it.zstd_3, "zstd_1": it.zstd_1 }));
         let memory = self.memory.iter().map(|it| {
             json!({ "guest": it.guest, "save": it.save, "verify": it.verify, "restore": it.restore })
         });
