@@ -1,6 +1,6 @@
 //! What a work costs: seconds, and the machine's CPU seconds.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Ticks a second of the times in `/proc/stat`, on x86-64.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -39,6 +39,14 @@ impl Clock {
             cpu_seconds: machine_cpu_seconds() - self.cpu,
         }
     }
+}
+
+/// How many CPUs other work keeps busy just now, as seen in two seconds.
+pub fn busy_cpus() -> f64 {
+    let clock = Clock::start();
+    std::thread::sleep(Duration::from_secs(2));
+    let cost = clock.stop();
+    cost.cpu_seconds / cost.seconds
 }
 
 /// user + nice + system + irq + softirq of `/proc/stat`.

@@ -41,6 +41,9 @@ use crate::options::{Options, Work};
 use crate::table::Results;
 use crate::work_dir::WorkDir;
 
+/// What a quiet machine may be busy with.
+const CALM_CPUS: f64 = 0.1;
+
 fn main() -> ExitCode {
     let options = Options::parse();
     if !options.is_bench {
@@ -61,7 +64,13 @@ fn main() -> ExitCode {
 fn compare(options: &Options) {
     let mut dir = WorkDir::create(options);
     end::clean_up_when_interrupted(dir.path());
-    let mut results = Results::default();
+    let busy_cpus = clock::busy_cpus();
+    if busy_cpus > CALM_CPUS {
+        eprintln!(
+            "warning: {busy_cpus:.2} CPUs are busy with other work: the numbers will not mean much"
+        );
+    }
+    let mut results = Results::new(busy_cpus);
     for kind in options.guests() {
         let recipe = Recipe::prepare(kind, &mut dir);
         if options.wants(Work::SaveRestore) {

@@ -67,14 +67,26 @@ pub struct MemoryRow {
 }
 
 /// All that was measured, in order.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Results {
+    /// CPUs that were busy before anything was started.
+    busy_cpus: f64,
     samples: Vec<Sample>,
     sizes: Vec<SizeRow>,
     memory: Vec<MemoryRow>,
 }
 
 impl Results {
+    /// None yet; `busy_cpus` is what other work kept busy.
+    pub fn new(busy_cpus: f64) -> Self {
+        Results {
+            busy_cpus,
+            samples: Vec::new(),
+            sizes: Vec::new(),
+            memory: Vec::new(),
+        }
+    }
+
     pub fn add(&mut self, sample: Sample) {
         self.samples.push(sample);
     }
@@ -89,6 +101,11 @@ impl Results {
 
     pub fn markdown(&self) -> String {
         let mut text = machine::describe().join("  \n");
+        let _ = write!(
+            text,
+            "  \n{:.2} CPUs were busy with other work at the start",
+            self.busy_cpus
+        );
         let mut guests: Vec<&str> = self.samples.iter().map(|it| it.guest.as_str()).collect();
         guests.dedup();
         if !guests.is_empty() {
@@ -182,6 +199,7 @@ impl Results {
         });
         json!({
             "machine": machine::describe(),
+            "busy_cpus": self.busy_cpus,
             "samples": samples.collect::<Vec<_>>(),
             "sizes": sizes.collect::<Vec<_>>(),
             "peak_memory": memory.collect::<Vec<_>>(),
