@@ -1,5 +1,6 @@
 #!/bin/bash
-# Installs what vmstow's tests need, on Debian 12: `tests/setup.sh`; what the demo needs: `tests/setup.sh --demo`.
+# Installs what vmstow's tests need, on Debian 12: `tests/setup.sh`; what the demo needs: `tests/setup.sh --demo`;
+# what the tests and the comparison with other tools need: `tests/setup.sh --bench`.
 #
 # System packages are installed with apt (as root). Everything else goes to target/test-assets: QEMU 7.2, which cannot
 # be installed beside QEMU 10, and a Linux guest. Running it again is quick and changes nothing.
@@ -18,6 +19,10 @@ test_packages=(
     zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
     libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
 )
+bench_packages=(openssl util-linux) # a digest to be held against; libvirtd's private view of /etc and /var
+libvirt_packages=(libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu)
+# Their own dependencies of the same version: apt would look for them in bookworm.
+libvirt_more_packages=(libvirt0 libvirt-common libvirt-daemon-common libvirt-daemon-log)
 
 say() { echo "setup: $*"; }
 
@@ -113,6 +118,32 @@ install_packages() {
     fi
 }
 
+# Whether virsh is there and knows the `zstd` and `sparse` save images: 11.2 or later.
+has_libvirt_11() {
+    local version
+    version=$(virsh --version 2>/dev/null) || return 1
+    is_installed libvirt-daemon-driver-qemu && printf '11.2\n%s\n' "$version" | sort -CV
+}
+
+# Installs libvirt of bookworm-backports. Only its own packages come from there, by their version: everything else that
+# it needs stays bookworm's. Nothing of it is started; the comparison starts a libvirtd of its own.
+install_libvirt() {
+    has_libvirt_11 && return 0
+    check_distribution "libvirt 11.2 or later"
+    [ "$(id -u)" = 0 ] || fail "not root, so libvirt was not installed; run this script as root"
+    if ! backports_are_known; then
+        add_backports
+        apt-get "${apt_options[@]}" update
+    fi
+    local version
+    version=$(apt-cache madison libvirt-daemon | awk '$3 ~ /~bpo12/ { print $3; exit }')
+    [ -n "$version" ] || fail "apt knows no libvirt of bookworm-backports; do the package lists need \`apt-get update\`?"
+    say "installing libvirt $version"
+    apt-get "${apt_options[@]}" install --no-install-recommends \
+        "${libvirt_packages[@]/%/=$version}" "${libvirt_more_packages[@]/%/=$version}" >/dev/null
+    has_libvirt_11 || fail "virsh is still not version 11.2 or later: $(command -v virsh)"
+}
+
 # Downloads packages, given as NAME or NAME=VERSION, into an empty directory.
 download() {
     local into=$1
@@ -175,7 +206,7 @@ build_linux_guest() {
         rmdir "$linux/boot" "$linux/lib/modules" "$linux/lib"
     fi
     if [ -z "$(find "$linux/initrd" -newer testdata/guests/linux/init -newer testdata/guests/linux/fill.c \
-        -newer testdata/guests/linux/build-initrd.sh 2>/dev/null)" ]; then
+        -newer testdata/guests/linux/witness.c -newer testdata/guests/linux/build-initrd.sh 2>/dev/null)" ]; then
         say "building the Linux guest's initrd"
         testdata/guests/linux/build-initrd.sh "$linux/modules" "$linux/initrd"
     fi
@@ -197,5 +228,12 @@ case $mode in
     build_linux_guest
     say "ready: QEMU 10 and 7.2, a Linux guest, and the programs that judge our files"
     ;;
-*) fail "unknown argument '$mode'; usage: tests/setup.sh [--demo]" ;;
+--bench)
+    install_packages "${demo_packages[@]}" "${test_packages[@]}" "${bench_packages[@]}"
+    unpack_qemu_7_2
+    build_linux_guest
+    install_libvirt
+    say "ready: as for the tests, and libvirt $(virsh --version)"
+    ;;
+*) fail "unknown argument '$mode'; usage: tests/setup.sh [--demo|--bench]" ;;
 esac

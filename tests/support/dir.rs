@@ -15,9 +15,14 @@ pub struct TestDir(tempfile::TempDir);
 
 impl TestDir {
     pub fn new() -> Self {
+        Self::below(&std::env::temp_dir(), "vmstow-test-")
+    }
+
+    /// One in `parent`, its name beginning with `prefix`.
+    pub fn below(parent: &Path, prefix: &str) -> Self {
         let dir = tempfile::Builder::new()
-            .prefix("vmstow-test-")
-            .tempdir()
+            .prefix(prefix)
+            .tempdir_in(parent)
             .expect("a temporary directory can be made");
         for name in ["run", "state", "config"] {
             std::fs::create_dir(dir.path().join(name)).unwrap();
@@ -27,6 +32,11 @@ impl TestDir {
 
     pub fn path(&self) -> &Path {
         self.0.path()
+    }
+
+    /// Leaves its files behind when it is dropped; processes are ended all the same.
+    pub fn keep(&mut self) {
+        self.0.disable_cleanup(true);
     }
 
     /// The path of `name` in it.

@@ -30,11 +30,11 @@ mod restored;
 mod serial;
 mod wait;
 
-pub use assets::Qemu;
+pub use assets::{Qemu, linux_initrd, linux_kernel};
 pub use before::{Before, Settings, wait_for_silence};
 pub use dir::{TestDir, flip_bit};
 pub use guest::{Guest, GuestSpec, Kind, SerialPort};
-pub use process::{Adopted, Process};
+pub use process::{Adopted, Process, processes_that_know};
 pub use qmp::Qmp;
 pub use restored::Restored;
 pub use serial::{Mark, Serial};

@@ -2,7 +2,8 @@
 # Makes the Linux guest's initrd: `build-initrd.sh MODULES INITRD`.
 #
 # MODULES is the directory of a kernel's modules (lib/modules/VERSION); INITRD is the file to write. In it are busybox,
-# `init` from here, `fill` compiled from fill.c and the virtio drivers with what they need, in the order to load them.
+# `init` from here, `fill` and `witness` compiled from their .c files and the virtio drivers with what they need, in the
+# order to load them.
 # Needs busybox-static, cpio, gzip, gcc.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,7 +15,9 @@ trap 'rm -rf "$root"' EXIT
 mkdir -p "$root/bin" "$root/modules"
 cp /bin/busybox "$root/bin/busybox"
 install -m 755 "$here/init" "$root/init"
-gcc -O2 -static -o "$root/bin/fill" "$here/fill.c"
+for program in fill witness; do
+    gcc -O2 -static -o "$root/bin/$program" "$here/$program.c"
+done
 
 for module in \
     virtio/virtio_ring virtio/virtio virtio/virtio_pci_legacy_dev virtio/virtio_pci_modern_dev virtio/virtio_pci \

@@ -1,7 +1,9 @@
-/* Writes `fill MIB` MiB to stdout, always the same: 64 KiB that do not compress, 64 KiB of text, and so on. */
+/* Writes `fill MIB` MiB to stdout, always the same: 64 KiB that do not compress, 64 KiB of text, and so on;
+   `fill MIB random`: nothing that compresses. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 enum { RUN = 64 * 1024, RUNS_PER_MIB = 16 };
@@ -32,9 +34,10 @@ int main(int argc, char **argv)
 {
     static char run[RUN + 1] __attribute__((aligned(8))); /* snprintf ends its last line with a zero */
     long runs = (argc > 1 ? atol(argv[1]) : 1) * RUNS_PER_MIB;
+    int is_random = argc > 2 && strcmp(argv[2], "random") == 0;
 
     for (long i = 0; i < runs; i++) {
-        if (i % 2 == 0)
+        if (is_random || i % 2 == 0)
             for (size_t at = 0; at < RUN; at += 8)
                 *(uint64_t *)(run + at) = next();
         else

@@ -1,0 +1,46 @@
+//! `virsh save --image-format …` and `virsh restore`.
+
+use crate::contender::{Contender, Place, run};
+use crate::domain;
+use crate::libvirtd::Libvirtd;
+use crate::support::Adopted;
+use crate::work_dir::WorkDir;
+
+pub struct Virsh<'a> {
+    pub work: &'a WorkDir,
+    pub libvirtd: &'a Libvirtd,
+    pub place: Place,
+    /// `raw`, `zstd` or `sparse`; the domain's name too.
+    pub format: &'static str,
+}
+
+impl Contender for Virsh<'_> {
+    fn boot(&mut self) -> Adopted {
+        let xml = self.place.dir.join("domain.xml");
+        std::fs::write(
+            &xml,
+            domain::xml(&self.place.recipe, self.format, &self.place.dir),
+        )
+        .unwrap();
+        run(self.libvirtd.virsh(self.work).arg("create").arg(xml));
+        Adopted(self.libvirtd.qemu(self.format))
+    }
+
+    fn save(&mut self) {
+        let image = self.place.image();
+        let mut virsh = self.libvirtd.virsh(self.work);
+        run(virsh
+            .args(["save", self.format])
+            .arg(image)
+            .args(["--image-format", self.format]));
+    }
+
+    fn restore(&mut self) -> Adopted {
+        run(self
+            .libvirtd
+            .virsh(self.work)
+            .arg("restore")
+            .arg(self.place.image()));
+        Adopted(self.libvirtd.qemu(self.format))
+    }
+}
