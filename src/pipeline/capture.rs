@@ -14,13 +14,13 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::PipelineError;
 use super::chunker::max_chunk_len;
 use super::cursor::{Cursor, Next};
 use super::encode::{Encoded, Encoding};
 use super::gather::{Counts, Gatherer};
 use super::region::{Region, StoppedBlock};
 use super::sealing::{Buffer, Sealed, Sealer, pool};
-use super::{PipelineError, window};
 use crate::container::{ImageWriter, PageMapBuilder};
 use crate::error::Error;
 use crate::host::ProcessMemory;
@@ -67,13 +67,17 @@ pub fn capture(
     progress: &dyn Progress,
 ) -> Result<Encoded, Error> {
     let threads = encoding.threads.max(1);
-    let (free, buffers) = pool(window(threads) + 1, max_chunk_len(encoding.chunk_len));
-    let (done, ordered) = bounded(window(threads));
+    let batch = batch_len(threads, encoding.chunk_len);
+    // One batch is worked on while another is on its way to the image.
+    let buffer_count = 2 * threads * batch + 1;
+    let (free, buffers) = pool(buffer_count, max_chunk_len(encoding.chunk_len));
+    let (done, ordered) = bounded(buffer_count);
     let cursor = Mutex::new(Cursor::new(guest, encoding.chunk_len));
     let gatherer = Gatherer::new(image, guest.ram_blocks(), encoding, progress);
     let worker = Worker {
         guest,
         encoding,
+        batch,
         cursor: &cursor,
         buffers,
         done,
@@ -110,6 +114,14 @@ pub fn capture(
             (Err(error), Ok(_)) => Err(error),
         }
     })
+}
+
+/// How many chunks a worker hashes side by side: four, unless so many of them would not stay in its cache, or in all take
+/// much memory.
+fn batch_len(threads: usize, chunk_len: usize) -> usize {
+    let fit_cache = (1 << 20) / chunk_len;
+    let fit_memory = 48 / threads;
+    fit_cache.min(fit_memory).clamp(1, 4)
 }
 
 /// What the stream holds, by our own parser.
@@ -150,6 +162,8 @@ type Turn = (u64, Result<Done, PipelineError>);
 struct Worker<'a> {
     guest: &'a StoppedGuestMemory,
     encoding: &'a Encoding,
+    /// Regions that are read before they are hashed side by side.
+    batch: usize,
     cursor: &'a Mutex<Cursor<'a>>,
     buffers: Receiver<Buffer>,
     done: Sender<Turn>,
@@ -167,28 +181,51 @@ impl<'a> Worker<'a> {
     /// [`PipelineError::Worker`] means here and below that the writer has ended; its own error is the one to report.
     fn capture_pages(&self) -> Result<(), PipelineError> {
         let mut sealer = Sealer::new(self.encoding);
-        // Who has a buffer takes the next turn, never the other way round: the writer gets each turn in its time.
-        let mut buffer = self.buffer()?;
-        while let Some((turn, next)) = self.next()? {
-            match next {
-                Next::Zeros(block, first_page, count) => {
-                    self.send(turn, Done::Zeros(block, first_page, count))?;
-                }
+        let mut free = Vec::with_capacity(self.batch);
+        loop {
+            // Who has buffers takes turns, never the other way round: the writer gets each turn in its time.
+            while free.len() < self.batch {
+                free.push(self.buffer()?);
+            }
+            let regions = self.read_batch(&mut free)?;
+            if regions.is_empty() {
+                return Ok(());
+            }
+            let raw: Vec<&[u8]> = regions.iter().map(|(.., raw)| raw.filled()).collect();
+            let sealed = sealer.seal_each(&raw)?;
+            for ((turn, region, raw), sealed) in regions.into_iter().zip(sealed) {
+                self.send(turn, Done::Region(region, raw, sealed))?;
+            }
+        }
+    }
+
+    /// Reads regions as long as there is a buffer; none when no page is left.
+    fn read_batch(
+        &self,
+        free: &mut Vec<Buffer>,
+    ) -> Result<Vec<(u64, Region, Buffer)>, PipelineError> {
+        let mut regions = Vec::with_capacity(free.len());
+        while let Some(mut buffer) = free.pop() {
+            let Some((turn, next)) = self.next()? else {
+                break;
+            };
+            let zeros = match next {
+                Next::Zeros(block, first_page, count) => Done::Zeros(block, first_page, count),
                 Next::Region(mut region) => {
                     let block = &self.guest.blocks[region.block];
                     region.read(&self.guest.memory, block, &mut buffer)?;
-                    if buffer.len == 0 {
-                        let count = region.touched.len() as u64;
-                        self.send(turn, Done::Zeros(region.block, region.first_page, count))?;
+                    if buffer.len > 0 {
+                        regions.push((turn, region, buffer));
                         continue;
                     }
-                    let sealed = sealer.seal(buffer.filled())?;
-                    self.send(turn, Done::Region(region, buffer, sealed))?;
-                    buffer = self.buffer()?;
+                    let count = region.touched.len() as u64;
+                    Done::Zeros(region.block, region.first_page, count)
                 }
-            }
+            };
+            self.send(turn, zeros)?;
+            free.push(buffer);
         }
-        Ok(())
+        Ok(regions)
     }
 
     /// Sends bytes that are no pages, in chunks.

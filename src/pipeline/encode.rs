@@ -127,9 +127,22 @@ struct Done {
 
 fn work_on(jobs: &Receiver<Job>, encoding: &Encoding) {
     let mut sealer = Sealer::new(encoding);
-    for Job { raw, reply } in jobs {
-        let sealed = sealer.seal(raw.filled());
-        let _ = reply.send(Done { raw, sealed });
+    while let Ok(first) = jobs.recv() {
+        // What waits is shared with the other workers; what is taken is hashed side by side.
+        let more = (jobs.len() / encoding.threads.max(1)).min(3);
+        let batch: Vec<Job> = std::iter::once(first)
+            .chain(jobs.try_iter().take(more))
+            .collect();
+        let raw: Vec<&[u8]> = batch.iter().map(|job| job.raw.filled()).collect();
+        let (sealed, error) = match sealer.seal_each(&raw) {
+            Ok(sealed) => (sealed, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        // The writer ends at the first error, so one is enough for all of the batch.
+        let outcomes = sealed.into_iter().map(Ok).chain(error.map(Err));
+        for (Job { raw, reply }, sealed) in batch.into_iter().zip(outcomes) {
+            let _ = reply.send(Done { raw, sealed });
+        }
     }
 }
 

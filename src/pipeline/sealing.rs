@@ -68,12 +68,28 @@ impl Sealer {
         }
     }
 
-    /// Makes what is to be stored of a chunk.
+    /// Makes what is to be stored of each chunk. Up to four are hashed side by side.
+    ///
+    /// # Errors
+    /// [`PipelineError::Codec`].
+    pub fn seal_each(&mut self, chunks: &[&[u8]]) -> Result<Vec<Sealed>, PipelineError> {
+        let digests = Digest::of_each(chunks);
+        chunks
+            .iter()
+            .zip(digests)
+            .map(|(raw, digest)| self.seal_hashed(raw, digest))
+            .collect()
+    }
+
+    /// Makes what is to be stored of one chunk.
     ///
     /// # Errors
     /// [`PipelineError::Codec`].
     pub fn seal(&mut self, raw: &[u8]) -> Result<Sealed, PipelineError> {
-        let digest = Digest::of(raw);
+        self.seal_hashed(raw, Digest::of(raw))
+    }
+
+    fn seal_hashed(&mut self, raw: &[u8], digest: Digest) -> Result<Sealed, PipelineError> {
         let stored = match self.encoding.layout {
             Layout::Zstd => Some(self.compress(raw)?),
             Layout::Raw | Layout::Mapped => None,
