@@ -17,6 +17,7 @@ mod footer;
 mod head;
 pub mod manifest;
 mod page_map;
+mod page_order;
 mod reader;
 mod section;
 mod signature;

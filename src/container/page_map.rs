@@ -22,7 +22,7 @@ const PAGE_LEN_U64: u64 = PAGE_LEN as u64;
 
 /// `RUN_KIND`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum RunKind {
+pub(super) enum RunKind {
     Zero,
     Records,
     Plain,
@@ -46,12 +46,12 @@ impl RunKind {
 
 /// Consecutive pages of one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run {
-    block: u16,
-    kind: RunKind,
-    page_count: u32,
+pub(super) struct Run {
+    pub(super) block: u16,
+    pub(super) kind: RunKind,
+    pub(super) page_count: u32,
     first_page: u64,
-    chunk: u32,
+    pub(super) chunk: u32,
     body: u32,
     data: u64,
 }
@@ -304,7 +304,7 @@ pub enum PageLocation {
 #[derive(Debug)]
 pub struct PageMap {
     blocks: Vec<Block>,
-    runs: Vec<Run>,
+    pub(super) runs: Vec<Run>,
     index: Index,
 }
 

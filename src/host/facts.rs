@@ -5,7 +5,7 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
@@ -189,23 +189,25 @@ fn is_program(path: &Path) -> bool {
 }
 
 impl QemuFacts {
-    /// Asks a QEMU binary what it is and offers. It runs three times for some 20 ms each.
+    /// Asks a QEMU binary what it is and offers. It runs three times for some 12 ms each, twice at the same time.
     ///
     /// # Errors
     /// [`HostError::NotQemu`] if it does not answer as QEMU does.
     pub fn probe(binary: &Path) -> Result<Self, HostError> {
-        let greeting = ask(binary, &["--version"])?;
+        let greeting = answer(binary, ask(binary, &["--version"])?)?;
         let (version, package) = parse_version(&greeting).ok_or_else(|| HostError::NotQemu {
             path: binary.to_owned(),
             argument: "--version",
             answer: greeting.chars().take(200).collect(),
         })?;
+        let machines = ask(binary, &["-machine", "help"])?;
+        let accelerators = ask(binary, &["-accel", "help"])?;
         Ok(QemuFacts {
             path: binary.to_owned(),
             version,
             package,
-            machines: parse_machines(&ask(binary, &["-machine", "help"])?),
-            accelerators: parse_accelerators(&ask(binary, &["-accel", "help"])?),
+            machines: parse_machines(&answer(binary, machines)?),
+            accelerators: parse_accelerators(&answer(binary, accelerators)?),
         })
     }
 
@@ -216,17 +218,27 @@ impl QemuFacts {
     }
 }
 
-fn ask(binary: &Path, arguments: &[&str]) -> Result<String, HostError> {
-    let output = Command::new(binary)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output();
-    let output = output.map_err(|source| HostError::File {
+/// Starts the binary, to say something on its standard output and end.
+fn ask(binary: &Path, arguments: &[&str]) -> Result<Child, HostError> {
+    let mut command = Command::new(binary);
+    command.args(arguments).stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::null());
+    command.spawn().map_err(|source| not_run(binary, source))
+}
+
+/// What it said, when it has ended.
+fn answer(binary: &Path, asked: Child) -> Result<String, HostError> {
+    let output = asked.wait_with_output();
+    let output = output.map_err(|source| not_run(binary, source))?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn not_run(binary: &Path, source: io::Error) -> HostError {
+    HostError::File {
         act: "run",
         path: binary.to_owned(),
         source,
-    })?;
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
 }
 
 /// `QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)`

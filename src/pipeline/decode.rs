@@ -25,6 +25,13 @@ pub fn decode<R: ReadAt>(
     examine(image, threads, progress, &mut |_, raw| output(raw?))
 }
 
+/// Does something with a chunk's verified raw bytes, on a worker.
+pub(super) type Task<'a, T> = dyn Fn(&ChunkEntry, &[u8]) -> T + Sync + 'a;
+
+/// As [`Visit`], with what the task made of the chunk.
+pub(super) type VisitDone<'a, T> =
+    dyn FnMut(&ChunkEntry, Result<(&[u8], T), ContainerError>) -> Result<(), PipelineError> + 'a;
+
 /// Takes each chunk: its raw bytes, or what is wrong with it.
 type Visit<'a> =
     dyn FnMut(&ChunkEntry, Result<&[u8], ContainerError>) -> Result<(), PipelineError> + 'a;
@@ -39,14 +46,27 @@ pub fn examine<R: ReadAt>(
     progress: &dyn Progress,
     visit: &mut Visit<'_>,
 ) -> Result<(), PipelineError> {
+    work(image, threads, progress, &|_, _| (), &mut |entry, done| {
+        visit(entry, done.map(|(raw, ())| raw))
+    })
+}
+
+/// As [`examine`]; before a chunk is visited, its worker does `task` with it.
+pub(super) fn work<R: ReadAt, T: Send>(
+    image: &Image<R>,
+    threads: usize,
+    progress: &dyn Progress,
+    task: &Task<'_, T>,
+    visit: &mut VisitDone<'_, T>,
+) -> Result<(), PipelineError> {
     let threads = threads.max(1);
-    let (work, jobs) = bounded::<Job>(window(threads));
-    let (order, ordered) = bounded::<Receiver<Done>>(window(threads));
+    let (work, jobs) = bounded::<Job<T>>(window(threads));
+    let (order, ordered) = bounded::<Receiver<Done<T>>>(window(threads));
     let (give_back, buffers) = bounded::<Vec<u8>>(window(threads));
     thread::scope(|scope| {
         for _ in 0..threads {
             let (jobs, buffers) = (jobs.clone(), buffers.clone());
-            scope.spawn(move || work_on(image, &jobs, &buffers));
+            scope.spawn(move || work_on(image, &jobs, &buffers, task));
         }
         drop((jobs, buffers));
         let table = scope.spawn(move || dispatch(image, &work, &order));
@@ -57,21 +77,21 @@ pub fn examine<R: ReadAt>(
     })
 }
 
-struct Job {
+struct Job<T> {
     entry: ChunkEntry,
-    reply: Sender<Done>,
+    reply: Sender<Done<T>>,
 }
 
-struct Done {
+struct Done<T> {
     entry: ChunkEntry,
-    raw: Result<Vec<u8>, ContainerError>,
+    made: Result<(Vec<u8>, T), ContainerError>,
 }
 
 /// Sends every entry of the chunk table to the workers; ends early, without an error, when nobody listens any more.
-fn dispatch<R: ReadAt>(
+fn dispatch<R: ReadAt, T>(
     image: &Image<R>,
-    work: &Sender<Job>,
-    order: &Sender<Receiver<Done>>,
+    work: &Sender<Job<T>>,
+    order: &Sender<Receiver<Done<T>>>,
 ) -> Result<(), PipelineError> {
     for entry in image.chunks() {
         let (reply, done) = bounded(1);
@@ -89,7 +109,12 @@ fn dispatch<R: ReadAt>(
     Ok(())
 }
 
-fn work_on<R: ReadAt>(image: &Image<R>, jobs: &Receiver<Job>, buffers: &Receiver<Vec<u8>>) {
+fn work_on<R: ReadAt, T>(
+    image: &Image<R>,
+    jobs: &Receiver<Job<T>>,
+    buffers: &Receiver<Vec<u8>>,
+    task: &Task<'_, T>,
+) {
     let mut worker = Worker {
         stored: Vec::new(),
         decompressor: None,
@@ -97,7 +122,11 @@ fn work_on<R: ReadAt>(image: &Image<R>, jobs: &Receiver<Job>, buffers: &Receiver
     for Job { entry, reply } in jobs {
         let buffer = buffers.try_recv().unwrap_or_default();
         let raw = worker.raw_bytes(image, &entry, buffer);
-        let _ = reply.send(Done { entry, raw });
+        let made = raw.map(|raw| {
+            let made = task(&entry, &raw);
+            (raw, made)
+        });
+        let _ = reply.send(Done { entry, made });
     }
 }
 
@@ -139,23 +168,23 @@ impl Worker {
     }
 }
 
-fn visit_in_order(
-    ordered: &Receiver<Receiver<Done>>,
+fn visit_in_order<T>(
+    ordered: &Receiver<Receiver<Done<T>>>,
     give_back: &Sender<Vec<u8>>,
     progress: &dyn Progress,
-    visit: &mut Visit<'_>,
+    visit: &mut VisitDone<'_, T>,
 ) -> Result<(), PipelineError> {
     for reply in ordered {
         if progress.is_cancelled() {
             return Err(PipelineError::Cancelled);
         }
         // The sender goes away without an answer when the chunk table broke; the dispatcher knows why.
-        let Ok(Done { entry, raw }) = reply.recv() else {
+        let Ok(Done { entry, made }) = reply.recv() else {
             break;
         };
-        match raw {
-            Ok(raw) => {
-                visit(&entry, Ok(&raw))?;
+        match made {
+            Ok((raw, made)) => {
+                visit(&entry, Ok((&raw, made)))?;
                 let _ = give_back.try_send(raw);
             }
             Err(error) => visit(&entry, Err(error))?,

@@ -2,7 +2,8 @@
 //!
 //! [`encode()`] reads QEMU's stream once, cuts it into chunks that follow guest memory, and has workers hash and
 //! compress them; an ordered writer appends the results to the image. [`decode()`] runs the other way: workers read,
-//! check and decompress chunks, the caller gets them in order.
+//! check and decompress chunks, the caller gets them in order; with [`place()`] the workers put guest memory into QEMU
+//! themselves and the caller gets the rest.
 //!
 //! Memory is `2 × threads + 2` buffers of one chunk each way, whatever the guest's size. The first error stops all
 //! threads and is the one reported. The number of threads never changes a byte of the image.
@@ -15,6 +16,7 @@ mod decode;
 mod encode;
 mod gather;
 mod pipe;
+mod place;
 mod region;
 mod sealing;
 
@@ -23,6 +25,7 @@ pub use check::{Checked, check};
 pub use decode::{decode, examine};
 pub use encode::{Encoded, Encoding, encode};
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
+pub use place::{Destination, Placement, place};
 pub use region::StoppedBlock;
 
 use std::io;
@@ -76,6 +79,15 @@ pub enum PipelineError {
     /// Whoever takes the decoded stream takes no more of it.
     #[error("the migration stream could not be passed on")]
     Output(#[source] io::Error),
+    /// A page could not be put into QEMU's memory.
+    #[error("guest memory could not be written")]
+    Place(#[source] HostError),
+    /// What the page map says of a chunk is not what the stream says.
+    #[error("the page map does not agree with the migration stream")]
+    PageMap {
+        /// Where in the stream, or its end where the whole does not agree.
+        at: StreamOffset,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Cancelled,
@@ -89,11 +101,13 @@ impl Blame for PipelineError {
         match self {
             PipelineError::Container(error) => error.kind(),
             PipelineError::Stream(error) => error.kind(),
+            PipelineError::PageMap { .. } => ErrorKind::Image,
             PipelineError::Cancelled => ErrorKind::Interrupted,
-            PipelineError::ElementTooLong { .. } => ErrorKind::Host,
-            PipelineError::Read(_) | PipelineError::Memory(_) | PipelineError::Output(_) => {
-                ErrorKind::Host
-            }
+            PipelineError::ElementTooLong { .. }
+            | PipelineError::Memory(_)
+            | PipelineError::Place(_)
+            | PipelineError::Read(_)
+            | PipelineError::Output(_) => ErrorKind::Host,
             PipelineError::Codec(_) | PipelineError::Worker => ErrorKind::Failed,
         }
     }
@@ -102,7 +116,9 @@ impl Blame for PipelineError {
         match self {
             PipelineError::Container(error) => error.at(),
             PipelineError::Stream(error) => error.at(),
-            PipelineError::ElementTooLong { at, .. } => Some(format!("stream offset {at}")),
+            PipelineError::ElementTooLong { at, .. } | PipelineError::PageMap { at } => {
+                Some(format!("stream offset {at}"))
+            }
             _ => None,
         }
     }

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::PipeFlags;
+use serde::Serialize;
 
-use super::{Plan, RestoreError};
-use crate::container::Image;
+use super::{Plan, RestoreError, placing};
+use crate::container::{Image, PageMap};
 use crate::error::{Error, Result};
+use crate::host::{HostError, ProcessId, ProcessMemory};
 use crate::pipeline::{self, PipedImage, PipelineError};
 use crate::progress::Progress;
 use crate::qmp::{MigrationStatus, QmpClient, RunState};
@@ -24,35 +26,79 @@ const STREAM_NAME: &str = "vmstow-stream";
 /// Bytes in the pipe; what an unprivileged process may ask for.
 const PIPE_LEN: usize = 1 << 20;
 
-/// Feeds the whole stream of an image, each chunk verified before QEMU gets it. Gives the stream's bytes.
-pub fn feed(
+/// How QEMU got guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Way {
+    /// It was written where QEMU keeps it, all but small RAMBlocks.
+    Placed,
+    /// QEMU read it from the stream.
+    Fed,
+}
+
+/// What QEMU was given.
+#[derive(Debug, Clone, Copy)]
+pub struct Given {
+    /// How it got guest memory.
+    pub way: Way,
+    /// Bytes of the stream, placed or fed.
+    pub stream_bytes: u64,
+}
+
+/// Gives QEMU the whole stream of an image, each chunk verified before a byte of it is used: guest memory is written
+/// where QEMU keeps it if that can be done, and fed with the rest of the stream otherwise.
+pub fn load(
     qmp: &mut QmpClient,
+    qemu: ProcessId,
     image: &Image<FileSource>,
+    page_map: Option<&PageMap>,
     threads: usize,
     progress: &dyn Progress,
-) -> Result<u64> {
+) -> Result<Given> {
+    // Where we may not look at QEMU's memory, QEMU is fed.
+    let memory = ProcessMemory::open(qemu).ok();
+    let placement = match (&memory, page_map) {
+        (Some(memory), Some(page_map)) => placing::placement(qmp, memory, page_map)?,
+        _ => None,
+    };
     progress.begin("restoring", Some(image.stream_len()));
     let mut feeder = Feeder::new(qmp, progress)?;
-    pipeline::decode(image, threads, progress, &mut |raw| feeder.take(raw))?;
+    let output = &mut |raw: &[u8]| feeder.take(raw);
+    let way = match &placement {
+        Some(placement) => {
+            pipeline::place(image, threads, progress, placement, output)?;
+            Way::Placed
+        }
+        None => {
+            pipeline::decode(image, threads, progress, output)?;
+            Way::Fed
+        }
+    };
     progress.end();
-    Ok(image.stream_len())
+    Ok(Given {
+        way,
+        stream_bytes: image.stream_len(),
+    })
 }
 
 /// Feeds the stream of an image while it arrives, and holds the image against its digests, and the disks against the
-/// image, when all of it is there. Gives the stream's bytes.
+/// image, when all of it is there.
 pub fn feed_from_pipe<R: Read>(
     qmp: &mut QmpClient,
     pipe: PipedImage<R>,
     plan: &Plan,
     progress: &dyn Progress,
-) -> Result<u64> {
+) -> Result<Given> {
     progress.begin("restoring", None);
     let mut feeder = Feeder::new(qmp, progress)?;
     let image = pipe.decode(progress, &mut |raw| feeder.take(raw))?;
     drop(feeder);
     progress.end();
     plan.confirm(image.manifest()?)?;
-    Ok(image.stream_len())
+    Ok(Given {
+        way: Way::Fed,
+        stream_bytes: image.stream_len(),
+    })
 }
 
 /// Writes a stream into a pipe that QEMU reads.
@@ -156,9 +202,19 @@ pub fn explain(error: Error, guest: RunningGuest) -> Error {
         .downcast_ref::<crate::qmp::QmpError>()
         .is_some_and(crate::qmp::QmpError::is_gone)
         || matches!(error.downcast_ref(), Some(RestoreError::NotLoaded));
-    if is_qemus_fault {
+    if is_qemus_fault || is_memory_gone(&error) {
         RestoreError::QemuGaveUp { guest: name, words }.into()
     } else {
         error
+    }
+}
+
+/// Whether guest memory could not be written because its process had ended.
+fn is_memory_gone(error: &Error) -> bool {
+    match error.downcast_ref() {
+        Some(PipelineError::Place(HostError::Process { source, .. })) => {
+            source.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+        }
+        _ => false,
     }
 }

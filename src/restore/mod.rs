@@ -1,17 +1,21 @@
 //! Restores a guest from an image, eagerly: QEMU gets the whole stream before the guest runs.
 //!
 //! ```text
-//! open → check → launch -S -incoming defer → decode → feed → confirm completed → cont
+//! open → check → launch -S -incoming defer → decode → place → feed → confirm completed → cont
 //! ```
 //!
+//! Guest memory is written where QEMU keeps it, by all workers at once, and QEMU reads only the rest of the stream; where
+//! that cannot be done (shared memory, an image that is still arriving, a QEMU that does not tell where its RAM is), it
+//! reads all of it.
+//!
 //! Everything that can be refused is refused in `check`, all reasons at once, before QEMU is started. Every chunk is
-//! verified before QEMU gets it, and all of them before the guest runs. A QEMU that does not reach `completed` is
+//! verified before QEMU gets a byte of it, and all of them before the guest runs. A QEMU that does not reach `completed` is
 //! killed; the image stays as it is.
 
 mod check;
 mod error;
 mod incoming;
-
+mod placing;
 mod plan;
 
 use std::io::Read;
@@ -21,12 +25,13 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 pub use error::RestoreError;
-
+use incoming::Given;
+pub use incoming::Way;
 pub use plan::Plan;
 
 use crate::bytes::ReadAt;
 use crate::config::Remap;
-use crate::container::Image;
+use crate::container::{Image, PageMap};
 use crate::error::{Error, Result};
 use crate::image::OpenedImage;
 use crate::pipeline::{PipedImage, PipelineError};
@@ -74,6 +79,8 @@ pub struct RestoreReport {
     pub running_after_ms: Option<u64>,
     /// Bytes of QEMU's migration stream.
     pub stream_bytes: u64,
+    /// How QEMU got guest memory.
+    pub memory: Way,
 }
 
 /// Where the stream of a checked plan comes from.
@@ -93,15 +100,18 @@ pub fn restore<R: Read>(
     origin: Origin<R>,
     progress: &dyn Progress,
 ) -> Result<(RestoreReport, RunningGuest)> {
-    if let Origin::Image(image) = &origin {
-        // The guest could do without them, but nothing of a damaged image is restored.
-        image.image().xml()?;
-        image.image().page_map()?;
-    }
+    let page_map = match &origin {
+        Origin::Image(image) => {
+            // The guest could do without it, but nothing of a damaged image is restored.
+            image.image().xml()?;
+            image.image().page_map()?
+        }
+        Origin::Pipe(_) => None,
+    };
     let start = Instant::now();
     let mut guest = supervise::launch(plan.launch()?)?;
-    match load_and_run(plan, origin, &mut guest, progress) {
-        Ok((state, stream_bytes)) => {
+    match load_and_run(plan, origin, page_map, &mut guest, progress) {
+        Ok((state, given)) => {
             let running_after = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
             let report = RestoreReport {
                 name: guest.name().to_owned(),
@@ -110,7 +120,8 @@ pub fn restore<R: Read>(
                 log: guest.dir().log(),
                 running_after_ms: (state == "running").then_some(running_after),
                 state,
-                stream_bytes,
+                stream_bytes: given.stream_bytes,
+                memory: given.way,
             };
             Ok((report, guest))
         }
@@ -118,18 +129,23 @@ pub fn restore<R: Read>(
     }
 }
 
-/// Feeds the stream, waits until QEMU has loaded it, and lets the guest run if it shall. Gives the run state and the
-/// stream's bytes.
+/// Loads the stream, waits until QEMU is done with it, and lets the guest run if it shall. Gives the run state and what
+/// QEMU was given.
 fn load_and_run<R: Read>(
     plan: &Plan,
     origin: Origin<R>,
+    page_map: Option<PageMap>,
     guest: &mut RunningGuest,
     progress: &dyn Progress,
-) -> Result<(String, u64)> {
+) -> Result<(String, Given)> {
     let mut qmp = guest.wait_qmp(plan.timeout())?;
-    let stream_bytes = match origin {
-        Origin::Image(image) => incoming::feed(&mut qmp, image.image(), plan.threads(), progress)
-            .map_err(|error| with_pages(error, image.image()))?,
+    let given = match origin {
+        Origin::Image(image) => {
+            let (image, process) = (image.image(), guest.description().process);
+            let page_map = page_map.as_ref();
+            incoming::load(&mut qmp, process, image, page_map, plan.threads(), progress)
+                .map_err(|error| with_pages(error, image))?
+        }
         Origin::Pipe(pipe) => incoming::feed_from_pipe(&mut qmp, pipe, plan, progress)?,
     };
     incoming::confirm_completed(&mut qmp, plan.timeout())?;
@@ -139,7 +155,7 @@ fn load_and_run<R: Read>(
             source,
         })?;
     }
-    Ok((qmp.query_status()?.to_string(), stream_bytes))
+    Ok((qmp.query_status()?.to_string(), given))
 }
 
 /// Says which guest memory is damaged, where a chunk is.

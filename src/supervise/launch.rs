@@ -19,7 +19,7 @@ use crate::host::{GuestDir, ProcessId};
 use crate::qmp::{QmpClient, QmpError};
 
 /// How often we look whether QEMU listens.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// How long one attempt to be greeted may take before we look whether QEMU still lives.
 const ATTEMPT: Duration = Duration::from_millis(500);
