@@ -14,13 +14,13 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::PipelineError;
 use super::chunker::max_chunk_len;
 use super::cursor::{Cursor, Next};
 use super::encode::{Encoded, Encoding};
 use super::gather::{Counts, Gatherer};
 use super::region::{Region, StoppedBlock};
 use super::sealing::{Buffer, Sealed, Sealer, pool};
+use super::{PipelineError, batch_len, window};
 use crate::container::{ImageWriter, PageMapBuilder};
 use crate::error::Error;
 use crate::host::ProcessMemory;
@@ -67,17 +67,16 @@ pub fn capture(
     progress: &dyn Progress,
 ) -> Result<Encoded, Error> {
     let threads = encoding.threads.max(1);
-    let batch = batch_len(threads, encoding.chunk_len);
-    // One batch is worked on while another is on its way to the image.
-    let buffer_count = 2 * threads * batch + 1;
-    let (free, buffers) = pool(buffer_count, max_chunk_len(encoding.chunk_len));
-    let (done, ordered) = bounded(buffer_count);
+    let max_chunk_len = max_chunk_len(encoding.chunk_len);
+    let window = window(threads, max_chunk_len);
+    let (free, buffers) = pool(window, max_chunk_len);
+    let (done, ordered) = bounded(window);
     let cursor = Mutex::new(Cursor::new(guest, encoding.chunk_len));
     let gatherer = Gatherer::new(image, guest.ram_blocks(), encoding, progress);
     let worker = Worker {
         guest,
         encoding,
-        batch,
+        batch: batch_len(threads, max_chunk_len),
         cursor: &cursor,
         buffers,
         done,
@@ -114,14 +113,6 @@ pub fn capture(
             (Err(error), Ok(_)) => Err(error),
         }
     })
-}
-
-/// How many chunks a worker hashes side by side: four, unless so many of them would not stay in its cache, or in all take
-/// much memory.
-fn batch_len(threads: usize, chunk_len: usize) -> usize {
-    let fit_cache = (1 << 20) / chunk_len;
-    let fit_memory = 48 / threads;
-    fit_cache.min(fit_memory).clamp(1, 4)
 }
 
 /// What the stream holds, by our own parser.

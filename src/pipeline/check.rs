@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use super::load::{Loader, grow};
 use super::{DEFAULT_CHUNK_LEN, PipelineError};
 use crate::bytes::ReadAt;
-use crate::codec::Decompressor;
-use crate::container::{ChunkEntry, ChunkIter, ChunkKind, ContainerError, Image};
+use crate::container::{ChunkEntry, ChunkIter, ContainerError, Image};
 use crate::digest::Digest;
 use crate::progress::Progress;
 use crate::units::ChunkIndex;
@@ -141,8 +141,7 @@ struct Verdicts {
 
 struct Worker<'a, R: ReadAt> {
     image: &'a Image<R>,
-    decompressor: Option<Decompressor>,
-    stored: Vec<u8>,
+    loader: Loader,
     raw: Vec<u8>,
     verdicts: Verdicts,
 }
@@ -151,8 +150,7 @@ impl<'a, R: ReadAt> Worker<'a, R> {
     fn new(image: &'a Image<R>) -> Self {
         Worker {
             image,
-            decompressor: None,
-            stored: Vec::new(),
+            loader: Loader::default(),
             raw: Vec::new(),
             verdicts: Verdicts::default(),
         }
@@ -180,7 +178,7 @@ impl<'a, R: ReadAt> Worker<'a, R> {
         for entry in group {
             let (piece, behind) = rest.split_at_mut(entry.raw_len as usize);
             rest = behind;
-            match self.load(entry, piece) {
+            match self.loader.load(self.image, entry, piece) {
                 Ok(()) => loaded.push((entry, piece)),
                 Err(error) => self.verdicts.damaged.push((entry.index, error)),
             }
@@ -196,33 +194,5 @@ impl<'a, R: ReadAt> Worker<'a, R> {
             }
         }
         self.raw = raw;
-    }
-
-    /// Fills `raw` with the bytes that `entry` speaks of, their digest not yet checked.
-    fn load(&mut self, entry: &ChunkEntry, raw: &mut [u8]) -> Result<(), ContainerError> {
-        // For plain bytes the lengths are equal: the table's rules say so.
-        if entry.kind == ChunkKind::Plain {
-            return self.image.read_stored_into(entry, raw);
-        }
-        let len = entry.stored_len as usize;
-        grow(&mut self.stored, len);
-        let stored = &mut self.stored[..len];
-        self.image.read_stored_into(entry, stored)?;
-        let frame = |_| ContainerError::NotAFrame {
-            chunk: entry.index,
-            at: entry.stored_offset,
-        };
-        let decompressor = match &mut self.decompressor {
-            Some(decompressor) => decompressor,
-            none => none.insert(Decompressor::new().map_err(frame)?),
-        };
-        decompressor.decompress_into(stored, raw).map_err(frame)
-    }
-}
-
-/// Makes room for `len` bytes; never less, so that no byte is cleared twice.
-fn grow(buffer: &mut Vec<u8>, len: usize) {
-    if buffer.len() < len {
-        buffer.resize(len, 0);
     }
 }

@@ -4,10 +4,11 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::{PipelineError, window};
+use super::load::{Loader, grow};
+use super::{PipelineError, batch_len, window, with_waiting};
 use crate::bytes::ReadAt;
-use crate::codec::Decompressor;
-use crate::container::{ChunkEntry, ChunkKind, ContainerError, Image};
+use crate::container::{ChunkEntry, ContainerError, Image};
+use crate::digest::Digest;
 use crate::progress::Progress;
 
 /// Gives every chunk's raw bytes, verified, in stream order to `output`.
@@ -60,13 +61,14 @@ pub(super) fn work<R: ReadAt, T: Send>(
     visit: &mut VisitDone<'_, T>,
 ) -> Result<(), PipelineError> {
     let threads = threads.max(1);
-    let (work, jobs) = bounded::<Job<T>>(window(threads));
-    let (order, ordered) = bounded::<Receiver<Done<T>>>(window(threads));
-    let (give_back, buffers) = bounded::<Vec<u8>>(window(threads));
+    let window = window(threads, image.max_chunk_len() as usize);
+    let (work, jobs) = bounded::<Job<T>>(window);
+    let (order, ordered) = bounded::<Receiver<Done<T>>>(window);
+    let (give_back, buffers) = bounded::<Vec<u8>>(window);
     thread::scope(|scope| {
         for _ in 0..threads {
             let (jobs, buffers) = (jobs.clone(), buffers.clone());
-            scope.spawn(move || work_on(image, &jobs, &buffers, task));
+            scope.spawn(move || work_on(image, &jobs, &buffers, threads, task));
         }
         drop((jobs, buffers));
         let table = scope.spawn(move || dispatch(image, &work, &order));
@@ -113,58 +115,44 @@ fn work_on<R: ReadAt, T>(
     image: &Image<R>,
     jobs: &Receiver<Job<T>>,
     buffers: &Receiver<Vec<u8>>,
+    threads: usize,
     task: &Task<'_, T>,
 ) {
-    let mut worker = Worker {
-        stored: Vec::new(),
-        decompressor: None,
-    };
-    for Job { entry, reply } in jobs {
-        let buffer = buffers.try_recv().unwrap_or_default();
-        let raw = worker.raw_bytes(image, &entry, buffer);
-        let made = raw.map(|raw| {
-            let made = task(&entry, &raw);
-            (raw, made)
-        });
-        let _ = reply.send(Done { entry, made });
-    }
-}
-
-struct Worker {
-    stored: Vec<u8>,
-    decompressor: Option<Decompressor>,
-}
-
-impl Worker {
-    fn raw_bytes<R: ReadAt>(
-        &mut self,
-        image: &Image<R>,
-        entry: &ChunkEntry,
-        mut raw: Vec<u8>,
-    ) -> Result<Vec<u8>, ContainerError> {
-        match entry.kind {
-            ChunkKind::Plain => image.read_stored(entry, &mut raw)?,
-            ChunkKind::Zstd => {
-                image.read_stored(entry, &mut self.stored)?;
-                self.decompress(entry, &mut raw)?;
+    let batch = batch_len(threads, image.max_chunk_len() as usize);
+    let mut loader = Loader::default();
+    while let Ok(first) = jobs.recv() {
+        let mut loaded = Vec::with_capacity(batch);
+        for job in with_waiting(first, jobs, threads, batch) {
+            let mut raw = buffers.try_recv().unwrap_or_default();
+            let len = job.entry.raw_len as usize;
+            grow(&mut raw, len);
+            match loader.load(image, &job.entry, &mut raw[..len]) {
+                Ok(()) => loaded.push((job, raw)),
+                Err(error) => job.answer(Err(error)),
             }
         }
-        entry.check_raw(&raw)?;
-        Ok(raw)
+        let pieces: Vec<&[u8]> = loaded.iter().map(|(job, raw)| job.bytes_in(raw)).collect();
+        let digests = Digest::of_each(&pieces);
+        for ((job, raw), digest) in loaded.into_iter().zip(digests) {
+            let made = job.entry.check_digest(digest).map(|()| {
+                let made = task(&job.entry, job.bytes_in(&raw));
+                (raw, made)
+            });
+            job.answer(made);
+        }
+    }
+}
+
+impl<T> Job<T> {
+    /// The chunk's bytes in a buffer that may be longer.
+    fn bytes_in<'b>(&self, buffer: &'b [u8]) -> &'b [u8] {
+        &buffer[..self.entry.raw_len as usize]
     }
 
-    fn decompress(&mut self, entry: &ChunkEntry, raw: &mut Vec<u8>) -> Result<(), ContainerError> {
-        let frame = |_| ContainerError::NotAFrame {
-            chunk: entry.index,
-            at: entry.stored_offset,
-        };
-        let decompressor = match &mut self.decompressor {
-            Some(decompressor) => decompressor,
-            none => none.insert(Decompressor::new().map_err(frame)?),
-        };
-        decompressor
-            .decompress(&self.stored, entry.raw_len as usize, raw)
-            .map_err(frame)
+    /// Whoever does not wait for the answer any more knows why.
+    fn answer(self, made: Result<(Vec<u8>, T), ContainerError>) {
+        let entry = self.entry;
+        let _ = self.reply.send(Done { entry, made });
     }
 }
 
@@ -184,7 +172,8 @@ fn visit_in_order<T>(
         };
         match made {
             Ok((raw, made)) => {
-                visit(&entry, Ok((&raw, made)))?;
+                let bytes = &raw[..entry.raw_len as usize];
+                visit(&entry, Ok((bytes, made)))?;
                 let _ = give_back.try_send(raw);
             }
             Err(error) => visit(&entry, Err(error))?,

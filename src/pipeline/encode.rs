@@ -7,7 +7,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::chunker::{Chunker, max_chunk_len};
 use super::sealing::{Buffer, Sealed, Sealer, append, pool};
-use super::{PipelineError, window};
+use super::{PipelineError, batch_len, window, with_waiting};
 use crate::container::{ImageWriter, Layout, PageMapBuilder};
 use crate::progress::Progress;
 use crate::stream::{Element, Event, Parser, StreamSummary};
@@ -67,13 +67,16 @@ pub fn encode(
     progress: &dyn Progress,
 ) -> Result<Encoded, PipelineError> {
     let threads = encoding.threads.max(1);
-    let (work, jobs) = bounded::<Job>(window(threads));
-    let (order, ordered) = bounded::<Receiver<Done>>(window(threads));
-    let (free, buffers) = pool(window(threads) + 1, max_chunk_len(encoding.chunk_len));
+    let max_chunk_len = max_chunk_len(encoding.chunk_len);
+    let window = window(threads, max_chunk_len);
+    let batch = batch_len(threads, max_chunk_len);
+    let (work, jobs) = bounded::<Job>(window);
+    let (order, ordered) = bounded::<Receiver<Done>>(window);
+    let (free, buffers) = pool(window + 1, max_chunk_len);
     thread::scope(|scope| {
         for _ in 0..threads {
             let jobs = jobs.clone();
-            scope.spawn(move || work_on(&jobs, encoding));
+            scope.spawn(move || work_on(&jobs, encoding, batch));
         }
         drop(jobs);
         // A writer that failed takes its ends of the channels with it, or the cutter would wait on them for ever.
@@ -125,14 +128,10 @@ struct Done {
     sealed: Result<Sealed, PipelineError>,
 }
 
-fn work_on(jobs: &Receiver<Job>, encoding: &Encoding) {
+fn work_on(jobs: &Receiver<Job>, encoding: &Encoding, batch: usize) {
     let mut sealer = Sealer::new(encoding);
     while let Ok(first) = jobs.recv() {
-        // What waits is shared with the other workers; what is taken is hashed side by side.
-        let more = (jobs.len() / encoding.threads.max(1)).min(3);
-        let batch: Vec<Job> = std::iter::once(first)
-            .chain(jobs.try_iter().take(more))
-            .collect();
+        let batch = with_waiting(first, jobs, encoding.threads, batch);
         let raw: Vec<&[u8]> = batch.iter().map(|job| job.raw.filled()).collect();
         let (sealed, error) = match sealer.seal_each(&raw) {
             Ok(sealed) => (sealed, None),

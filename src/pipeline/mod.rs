@@ -5,7 +5,7 @@
 //! check and decompress chunks, the caller gets them in order; with [`place()`] the workers put guest memory into QEMU
 //! themselves and the caller gets the rest.
 //!
-//! Memory is `2 × threads + 2` buffers of one chunk each way, whatever the guest's size. The first error stops all
+//! Memory is at most `8 × threads + 3` buffers of one chunk each way, whatever the guest's size. The first error stops all
 //! threads and is the one reported. The number of threads never changes a byte of the image.
 
 mod capture;
@@ -15,6 +15,7 @@ mod cursor;
 mod decode;
 mod encode;
 mod gather;
+mod load;
 mod pipe;
 mod place;
 mod region;
@@ -30,6 +31,8 @@ pub use region::StoppedBlock;
 
 use std::io;
 
+use crossbeam_channel::Receiver;
+
 use crate::codec::CodecError;
 use crate::container::ContainerError;
 use crate::error::{Blame, ErrorKind};
@@ -40,9 +43,24 @@ use crate::units::StreamOffset;
 /// Bytes of guest memory in one chunk where nothing else is asked for.
 pub const DEFAULT_CHUNK_LEN: usize = 256 << 10;
 
-/// How many chunks may be on their way through `threads` workers.
-fn window(threads: usize) -> usize {
-    2 * threads + 2
+/// How many chunks a worker hashes side by side: four, unless so many would not stay in its cache, or all workers' would
+/// take much memory.
+fn batch_len(threads: usize, max_chunk_len: usize) -> usize {
+    let fit_cache = (3 << 19) / max_chunk_len.max(1);
+    let fit_memory = 48 / threads.max(1);
+    fit_cache.min(fit_memory).clamp(1, 4)
+}
+
+/// How many chunks may be on their way through `threads` workers: one batch in work and one that waits for each of them.
+fn window(threads: usize, max_chunk_len: usize) -> usize {
+    2 * threads * batch_len(threads, max_chunk_len) + 2
+}
+
+/// `first` and more of what waits behind it, at most `most` in all: a worker's share, so that the others find work too.
+fn with_waiting<T>(first: T, waiting: &Receiver<T>, threads: usize, most: usize) -> Vec<T> {
+    let share = (waiting.len() / threads.max(1)).min(most - 1);
+    let more = waiting.try_iter().take(share);
+    std::iter::once(first).chain(more).collect()
 }
 
 /// One worker a core.
