@@ -4,7 +4,7 @@
 //!
 //! # The default level
 //!
-//! Chunks are compressed one by one, 256 KiB of guest memory each. zstd's own parameters for such inputs were measured
+//! Chunks are compressed one by one. zstd's own parameters were measured on chunks of 256 KiB of guest memory
 //! against others, on one core of an EPYC of 2024: CPU seconds, and bytes as a multiple of what `zstd -3` makes of the
 //! whole stream. *Files*: 931 MB of a q35 guest's memory, mostly files below /usr. *Linux*: 113 MB of a booted guest.
 //!

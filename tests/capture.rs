@@ -60,7 +60,7 @@ fn state_of(path: &Path) -> State {
     let summary = parser.finish().unwrap();
     let end = match &summary.vmdescription {
         Some(json) => usize::try_from(json.offset.0).unwrap() - 5,
-        None => stream.len(),
+        None => stream.len() - 5, // an empty one
     };
     State {
         pages,

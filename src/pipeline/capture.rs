@@ -53,7 +53,7 @@ impl StoppedGuestMemory {
 
 /// Captures `guest` into `image` as the chunks of a migration stream.
 ///
-/// `device_sections` is called once, after all memory was read: it gives the device sections and the EOF byte. The
+/// `device_sections` is called once, after all memory was read: it gives what follows the RAM. The
 /// guest's memory may be written from then on, as QEMU's own migration allows it.
 ///
 /// # Errors

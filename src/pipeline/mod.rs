@@ -41,12 +41,16 @@ use crate::stream::StreamError;
 use crate::units::StreamOffset;
 
 /// Bytes of guest memory in one chunk where nothing else is asked for.
-pub const DEFAULT_CHUNK_LEN: usize = 256 << 10;
+///
+/// Larger chunks compress better and cost a lazy restore more at each page it is asked for. Of 1.3 GB of files in a
+/// guest's memory `zstd -3` makes 384 MB in one frame; the default level makes, at the same speed each, 419 MB in chunks of
+/// 256 KiB, 411 MB of 512 KiB, 405 MB of 1 MiB.
+pub const DEFAULT_CHUNK_LEN: usize = 512 << 10;
 
 /// How many chunks a worker hashes side by side: four, unless so many would not stay in its cache, or all workers' would
 /// take much memory.
 fn batch_len(threads: usize, max_chunk_len: usize) -> usize {
-    let fit_cache = (3 << 19) / max_chunk_len.max(1);
+    let fit_cache = (6 << 19) / max_chunk_len.max(1);
     let fit_memory = 48 / threads.max(1);
     fit_cache.min(fit_memory).clamp(1, 4)
 }

@@ -146,6 +146,8 @@ pub struct FileSink {
     written: u64,
     flushed: u64,
     is_published: bool,
+    /// What had the name before.
+    replaced: Option<FileSource>,
 }
 
 /// A name beside `target` that no file has: `.NAME.0123456789abcdef.part`.
@@ -207,6 +209,7 @@ impl FileSink {
             written: 0,
             flushed: 0,
             is_published: false,
+            replaced: None,
         })
     }
 
@@ -329,6 +332,11 @@ impl Sink for FileSink {
 
     fn publish(&mut self) -> Result<(), PublishError> {
         self.write_pending().map_err(PublishError::NotPublished)?;
+        // While it is open a file keeps its blocks: those of a large one are not freed before the new one's name is safe.
+        self.replaced = match self.may_replace {
+            true => FileSource::open(&self.target).ok(),
+            false => None,
+        };
         if let Err(error) = self.rename() {
             // A rename may fail and yet have happened (a network file system's lost answer): look.
             return match (

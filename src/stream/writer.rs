@@ -1,10 +1,10 @@
 //! A stream around page records that somebody else makes: what comes before them, between and behind.
 //!
 //! The stream is the one that QEMU would write of a stopped guest, but for three freedoms that every QEMU's reader has:
-//! all pages stand in the END section, that section's number is chosen by us, and no vmdescription follows.
+//! all pages stand in the END section, that section's number is chosen by us, and the vmdescription is empty.
 //!
 //! ```text
-//! header · configuration · ram START (block list) · ram END ( page records ) · device sections · EOF
+//! header · configuration · ram START (block list) · ram END ( page records ) · device sections · EOF · vmdescription
 //! ```
 //!
 //! Source: QEMU `migration/savevm.c`, `qemu_savevm_state_header` and `qmp_xen_save_devices_state`, `migration/ram.c`,
@@ -84,8 +84,8 @@ pub fn push_str8(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend(text);
 }
 
-/// The device sections and the EOF byte of what `xen-save-devices-state` wrote of a guest that is `run_state`; `None` if
-/// it is not as we know it.
+/// The device sections, the EOF byte and an empty vmdescription, from what `xen-save-devices-state` wrote of a guest
+/// that is `run_state`; `None` if it is not as we know it. Without a vmdescription QEMU complains that it is missing.
 ///
 /// QEMU writes the guest down as running, whatever it is. A migration writes the state that the guest is stopped in, and
 /// so do we.
@@ -105,6 +105,7 @@ pub fn device_sections(saved: &[u8], run_state: &str) -> Option<Vec<u8>> {
     }
     let mut sections = sections.to_vec();
     sections[at..at + running.len()].copy_from_slice(&global_state(run_state));
+    sections.extend([wire::QEMU_VM_VMDESCRIPTION, 0, 0, 0, 0]);
     Some(sections)
 }
 

@@ -46,6 +46,7 @@ pub fn run(recipe: &Recipe, work: &WorkDir, rounds: u32, results: &mut Results) 
         .into_iter()
         .map(|entrant| stow(entrant, &recipe.name))
         .collect();
+    let memory_len = usize::try_from(recipe.memory_mib << 20).unwrap();
     for round in 0..rounds {
         for stowed in &mut stowed {
             let name = stowed.entrant.name;
@@ -58,7 +59,7 @@ pub fn run(recipe: &Recipe, work: &WorkDir, rounds: u32, results: &mut Results) 
                 cost,
                 bytes,
             };
-            let (restored, saved) = play(stowed);
+            let (restored, saved) = play(stowed, memory_len);
             let bytes = stowed.entrant.place.image_bytes();
             eprintln!(
                 "{}, round {}: {name} restored in {:.3} s, saved in {:.3} s",
@@ -145,9 +146,10 @@ fn stow<'a>(mut entrant: Entrant<'a>, guest: &str) -> Stowed<'a> {
 }
 
 /// One contender's part of a round: restore, judge, save.
-fn play(stowed: &mut Stowed) -> (Cost, Cost) {
+fn play(stowed: &mut Stowed, memory_len: usize) -> (Cost, Cost) {
     warm(&stowed.entrant.place.image());
     rustix::fs::sync();
+    use_free_memory(memory_len);
     let (qemu, restored) = restore(&mut stowed.entrant);
     let place = &stowed.entrant.place;
     assert_eq!(
@@ -160,6 +162,7 @@ fn play(stowed: &mut Stowed) -> (Cost, Cost) {
     std::thread::sleep(PAUSE);
     std::fs::remove_file(place.image()).unwrap();
     rustix::fs::sync();
+    use_free_memory(memory_len);
     let saved = save(&mut stowed.entrant, qemu);
     stowed.before = serial.mark();
     (restored, saved)
@@ -198,9 +201,19 @@ fn save(entrant: &mut Entrant, qemu: Adopted) -> Cost {
     clock.stop()
 }
 
-/// Reads a file to its end, so that it is in the page cache.
+/// Brings a file into the page cache anew: whoever wrote it may have left all of it there, or nothing.
 pub fn warm(path: &Path) {
     let mut file = File::open(path).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     let mut buffer = vec![0; 1 << 20];
     while file.read(&mut buffer).unwrap() > 0 {}
+}
+
+/// Uses, and gives back, twice as much memory as the guest has. On a host that is a virtual machine itself memory costs
+/// its first user much more than the next one, and each contender would be lucky or not.
+fn use_free_memory(guest_len: usize) {
+    let mut memory = memmap2::MmapMut::map_anon(2 * guest_len).unwrap();
+    for page in memory.chunks_mut(4096) {
+        page[0] = 1;
+    }
 }
