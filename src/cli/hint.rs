@@ -173,6 +173,8 @@ fn save_advice(error: &SaveError) -> Option<String> {
         SaveError::NoSpace { .. } => "make room, or use --layout zstd".to_owned(),
         SaveError::MigrationFailed { .. } => "QEMU's own log may say more; then save again".to_owned(),
         SaveError::Resumed | SaveError::MigratedElsewhere => "make sure that nothing else steers this guest, then save again".to_owned(),
+        SaveError::DeviceState | SaveError::Buffer { .. } => "save with --capture migration".to_owned(),
+        SaveError::DiskInUse { .. } => "end block jobs and exports of its disks, then save again".to_owned(),
         SaveError::TimedOut { .. } => "give a longer --timeout".to_owned(),
         SaveError::PublishUnknown { .. } => "look whether the image is there and verifies: then end the guest's QEMU, else let it run on (QMP cont)".to_owned(),
         SaveError::Then { .. } => "tell QEMU yourself, by its monitor".to_owned(),

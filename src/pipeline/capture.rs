@@ -161,9 +161,21 @@ struct Worker<'a> {
     progress: &'a dyn Progress,
 }
 
+/// Tells the writer of a worker that panics: it would wait for that turn for ever.
+struct TellPanic<'a>(&'a Sender<Turn>);
+
+impl Drop for TellPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let _ = self.0.send((0, Err(PipelineError::Worker)));
+        }
+    }
+}
+
 impl<'a> Worker<'a> {
     /// Works until no page is left or something goes wrong, which the writer is told.
     fn run(&self) {
+        let _tell = TellPanic(&self.done);
         if let Err(error) = self.capture_pages() {
             let _ = self.done.send((0, Err(error)));
         }

@@ -5,7 +5,8 @@
 //! check and decompress chunks, the caller gets them in order; with [`place()`] the workers put guest memory into QEMU
 //! themselves and the caller gets the rest.
 //!
-//! Memory is at most `8 × threads + 3` buffers of one chunk each way, whatever the guest's size. The first error stops all
+//! Memory is at most `8 × threads + 3` buffers of one chunk each way, and of what is made of them, whatever the guest's
+//! size. The first error stops all
 //! threads and is the one reported. The number of threads never changes a byte of the image.
 
 mod capture;

@@ -104,13 +104,19 @@ impl<'a> Placement<'a> {
 fn pages_only<'r>(raw: &'r [u8], block: &Destination) -> Option<Vec<(u64, &'r [u8])>> {
     let mut pages = Vec::with_capacity(raw.len() / PAGE_LEN);
     let mut rest = raw;
+    let mut begins_unnamed = false;
     while !rest.is_empty() {
         let (word, behind) = rest.split_first_chunk::<8>()?;
         let word = u64::from_be_bytes(*word);
         let flags = word & wire::RAM_SAVE_FLAG_MASK;
         let offset = word - flags;
         rest = behind;
-        if flags & wire::RAM_SAVE_FLAG_CONTINUE == 0 {
+        if flags & wire::RAM_SAVE_FLAG_CONTINUE != 0 {
+            // Before the first name it may be of any block.
+            begins_unnamed |= rest.len() + 8 == raw.len();
+        } else if begins_unnamed {
+            return None;
+        } else {
             let (len, behind) = rest.split_first()?;
             let (idstr, behind) = behind.split_at_checked(usize::from(*len))?;
             (idstr == block.idstr.as_bytes()).then_some(())?;
@@ -302,7 +308,10 @@ impl<'a> Follower<'a> {
             } = element.event
                 && let Some(target) = self.target(block)
             {
-                self.pass(&bytes[passed..parsed])?;
+                if passed < parsed {
+                    write(span.take())?;
+                    self.pass(&bytes[passed..parsed])?;
+                }
                 passed = end;
                 self.page_counts[target] += 1;
                 let destination = &placement.destinations[target];

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::client::QmpClient;
 use super::error::QmpError;
@@ -66,6 +66,13 @@ impl QmpClient {
         let saved = self.execute::<IgnoredAny>("xen-save-devices-state", arguments);
         let removed = self.execute::<IgnoredAny>("remove-fd", json!({ "fdset-id": fdset_id }));
         saved.and(removed).map(|_| ())
+    }
+
+    /// Whether a block job runs or a disk is exported: QEMU does not let go of such a disk.
+    pub fn has_block_work(&mut self) -> Result<bool, QmpError> {
+        let jobs: Vec<IgnoredAny> = self.execute("query-block-jobs", Value::Null)?;
+        let exports: Vec<IgnoredAny> = self.execute("query-block-exports", Value::Null)?;
+        Ok(!jobs.is_empty() || !exports.is_empty())
     }
 
     /// Runs a command of the human monitor; what it prints.

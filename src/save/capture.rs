@@ -17,6 +17,7 @@ use crate::pipeline::{self, Encoded, Encoding, PipelineError, StoppedBlock, Stop
 use crate::progress::Progress;
 use crate::qmp::RamBlockAddress;
 use crate::stream::RamBlock;
+use crate::stream::parser::MAX_DEVICE_STATE_LEN;
 use crate::stream::writer::{device_sections, is_unused_section, unused_section};
 use crate::units::PAGE_LEN;
 
@@ -29,9 +30,6 @@ pub enum Capture {
     /// By a migration always: slower, but QEMU adds the description of its device state.
     Migration,
 }
-
-/// The most bytes of device state that are taken; more is no device state.
-const MAX_DEVICE_STATE_LEN: u64 = 64 << 20;
 
 impl StoppedGuest {
     /// Takes the guest's memory and device state into `image`. Gives what was taken, and whether it was read where it lay.
@@ -78,11 +76,11 @@ impl StoppedGuest {
                 self.confirm_stopped()?;
                 Ok(encoded)
             }
-            (Err(_), Some(limit)) if limited.is_over() && !progress.is_cancelled() => {
-                Err(SaveError::TimedOut { limit }.into())
-            }
-            (Err(error), _) => match error.downcast_ref() {
-                Some(PipelineError::Memory(_)) if self.description().is_gone() => {
+            (Err(error), limit) => match (error.downcast_ref(), limit) {
+                (Some(PipelineError::Cancelled), Some(limit)) if !progress.is_cancelled() => {
+                    Err(SaveError::TimedOut { limit }.into())
+                }
+                (Some(PipelineError::Memory(_)), _) if self.description().is_gone() => {
                     Err(SaveError::QemuEnded.into())
                 }
                 _ => Err(error),
@@ -111,6 +109,9 @@ impl StoppedGuest {
     /// The guest's memory, if all of it can be read and QEMU gives its device state alone. Whatever stands against that,
     /// a migration will tell what is wrong with the guest if anything is.
     fn reachable_memory(&mut self) -> Option<StoppedGuestMemory> {
+        if !self.is_capturable().ok()? {
+            return None;
+        }
         let memory = ProcessMemory::open(self.description().process()).ok()?;
         let blocks = self.qmp().ram_blocks().ok()??;
         let blocks: Option<Vec<_>> = blocks
@@ -127,9 +128,28 @@ impl StoppedGuest {
         })
     }
 
+    /// Whether nothing of the guest is in the way that a migration would meet, and name, or would carry and device state
+    /// alone does not.
+    fn is_capturable(&mut self) -> Result<bool> {
+        // Older QEMUs abort when they are told twice to let go of the disks.
+        let is_known = self.qmp().version().is_at_least(10, 0);
+        let blockers = self.qmp().query_migrate()?.blocked_reasons;
+        Ok(is_known
+            && blockers.is_empty()
+            && !self.description().has_live_devices()
+            && !self.qmp().has_block_work()?)
+    }
+
     /// The device state, when all memory was read. The guest's disks are let go of.
     fn final_device_sections(&mut self, ram_section: u32) -> Result<Vec<u8>> {
+        self.gives_up_disks();
         let sections = self.device_sections(true)?;
+        // QEMU 10 does not say so when it could not.
+        let nodes = self.qmp().query_named_block_nodes()?;
+        if let Some(node) = nodes.into_iter().find(|node| node.active == Some(true)) {
+            let node = node.node_name;
+            return Err(SaveError::DiskInUse { node }.into());
+        }
         let sections = sections.filter(|it| is_unused_section(ram_section, it));
         Ok(sections.ok_or(SaveError::DeviceState)?)
     }
@@ -141,10 +161,11 @@ impl StoppedGuest {
         self.qmp()
             .save_device_state(qemus.as_fd(), gives_up_disks)?;
         let len = file.metadata().map_err(written)?.len();
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
         if len > MAX_DEVICE_STATE_LEN {
             return Ok(None);
         }
-        let mut saved = vec![0; usize::try_from(len).unwrap_or(0)];
+        let mut saved = vec![0; len];
         file.read_exact_at(&mut saved, 0).map_err(written)?;
         Ok(device_sections(&saved, self.state_when_stopped().as_str()))
     }

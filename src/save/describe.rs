@@ -117,6 +117,12 @@ impl Description {
         }
     }
 
+    /// Whether it has devices whose state goes through a live section of their own, as memory does.
+    pub fn has_live_devices(&self) -> bool {
+        let mut devices = self.arguments.options("device");
+        devices.any(|(_, device)| device.value().is_some_and(|it| it.contains("vfio")))
+    }
+
     /// What of its arguments a restore could not use, each with the reason.
     pub fn not_restorable(&self) -> Vec<String> {
         let context = RestoreContext {

@@ -14,6 +14,8 @@ pub enum GuestLeft {
     AsBefore(RunState),
     /// It did not run before and does not now, but QEMU's migration had completed, which only running undoes.
     Resting,
+    /// As before it does not run; its QEMU has let go of its disks, which only running undoes.
+    WithoutDisks(RunState),
     /// Putting it back failed; the guardian or its user has to look after it.
     Unknown,
     /// It is stopped, on purpose.
@@ -30,6 +32,10 @@ impl std::fmt::Display for GuestLeft {
             GuestLeft::Resting => {
                 f.write_str("stays stopped, as postmigrate: --from-postmigrate saves it again")
             }
+            GuestLeft::WithoutDisks(state) => write!(
+                f,
+                "is {state} as before, but its QEMU has let go of its disks until it runs"
+            ),
             GuestLeft::Unknown => f.write_str("could not be put back as it was"),
             GuestLeft::Stopped => f.write_str("stays stopped"),
             GuestLeft::Gone => f.write_str("is gone: its QEMU has ended"),
@@ -110,6 +116,12 @@ pub enum SaveError {
         /// QEMU's own words, where it had any.
         words: Option<String>,
     },
+    /// QEMU did not let go of a disk.
+    #[error("QEMU did not let go of block node {node}")]
+    DiskInUse {
+        /// Its name.
+        node: String,
+    },
     /// The device state was as we know it when it was tried, and is not any more.
     #[error("QEMU's device state is not as it was a moment ago")]
     DeviceState,
@@ -136,7 +148,7 @@ pub enum SaveError {
     /// Another client of QEMU migrated the guest while it was saved.
     #[error("somebody else migrated the guest while it was saved")]
     MigratedElsewhere,
-    /// The migration took longer than was allowed.
+    /// The save took longer than was allowed.
     #[error("the save took longer than {} s", limit.as_secs())]
     TimedOut {
         /// The limit.

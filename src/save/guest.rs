@@ -1,4 +1,4 @@
-//! The guest between its stop and its end: stopped, migrated into a pipe, put back or ended.
+//! The guest between its stop and its end: stopped, migrated into a pipe if it has to be, put back or ended.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -118,6 +118,7 @@ impl GuardedGuest {
             before: run_state,
             stopped: state,
             is_migrated: false,
+            lacks_disks: false,
             lock,
             was_running,
             then: self.then,
@@ -140,6 +141,8 @@ pub struct StoppedGuest {
     stopped: RunState,
     /// Whether its state is taken by a migration.
     is_migrated: bool,
+    /// Whether QEMU was told, without a migration, to let go of the guest's disks.
+    lacks_disks: bool,
     lock: Option<ProcessLock>,
     was_running: bool,
     then: Then,
@@ -150,6 +153,11 @@ impl StoppedGuest {
     /// Its QEMU's monitor.
     pub fn qmp(&mut self) -> &mut QmpClient {
         &mut self.qmp
+    }
+
+    /// QEMU is about to let go of the guest's disks; only `cont` takes them back.
+    pub fn gives_up_disks(&mut self) {
+        self.lacks_disks = true;
     }
 
     /// Whether no other saver can be at work: QEMU itself keeps two migrations apart, but not two who read its memory.
@@ -284,6 +292,7 @@ impl StoppedGuest {
     pub fn put_back(mut self, why: Error) -> Error {
         let outcome = put_back(&mut self.qmp, &self.settings, self.was_running);
         let is_resting = matches!(outcome, Ok(RunState::Postmigrate));
+        let lacks_disks = self.lacks_disks && !self.was_running;
         let StoppedGuest {
             qmp,
             description,
@@ -303,6 +312,7 @@ impl StoppedGuest {
         let left = match settled {
             true if description.is_gone() => GuestLeft::Gone,
             true if is_resting && before != RunState::Postmigrate => GuestLeft::Resting,
+            true if lacks_disks => GuestLeft::WithoutDisks(before),
             true => GuestLeft::AsBefore(before),
             false => GuestLeft::Unknown,
         };

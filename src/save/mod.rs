@@ -1,7 +1,7 @@
 //! Saves a running guest to an image.
 //!
 //! ```text
-//! check → stop → migrate → parse → encode → confirm completed → fingerprint disks → seal → publish → quit
+//! check → stop → capture, or migrate → parse → encode → confirm completed → fingerprint disks → seal → publish → quit
 //! ```
 //!
 //! Everything that can be refused is refused in `check`, before the guest is touched. Until the image is published every

@@ -59,7 +59,7 @@ impl Plan {
     /// # Errors
     /// The first reason for which it cannot be saved.
     pub fn check(request: &SaveRequest) -> Result<Self> {
-        let plan = Plan::look(request)?;
+        let plan = Plan::gather(request, true)?;
         plan.judge(request)?;
         Ok(plan)
     }
@@ -79,17 +79,22 @@ impl Plan {
     /// # Errors
     /// No such guest, a monitor in use, or an answer of QEMU that makes no sense.
     pub fn look(request: &SaveRequest) -> Result<Self> {
+        Plan::gather(request, false)
+    }
+
+    /// With `locks` other savers are kept away from before the first look on.
+    fn gather(request: &SaveRequest, locks: bool) -> Result<Self> {
         let (monitor, wanted) = resolve(&request.source)?;
         let mut qmp = QmpClient::connect(&monitor, GREETING)?;
         let pid = process_behind(&qmp, &monitor)?;
         refuse_other(wanted, pid, &monitor)?;
-        let lock = match ProcessId::of(pid)?.lock() {
-            Ok(Some(lock)) => Some(lock),
-            Ok(None) => {
+        let lock = match locks.then(|| ProcessId::of(pid)?.lock()) {
+            Some(Ok(Some(lock))) => Some(lock),
+            Some(Ok(None)) => {
                 let guest = name_of(&mut qmp, pid)?;
                 return Err(SaveError::BeingSaved { guest }.into());
             }
-            Err(_) => None,
+            Some(Err(_)) | None => None,
         };
         let run_state = qmp.query_status()?;
         let migration = qmp.query_migrate()?;

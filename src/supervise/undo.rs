@@ -17,7 +17,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Puts a guest back into the state it was in before the save: cancels a migration that is active and waits for its
 /// end, puts the settings back and, if the guest was running, lets it run. Tells what the guest is doing then.
 ///
-/// A guest that was stopped stays stopped, on QEMU 7.2 perhaps as `postmigrate`. The caller must have closed its end
+/// A guest that was stopped stays stopped, after a migration perhaps as `postmigrate`. The caller must have closed its end
 /// of the stream's pipe, or QEMU stays `cancelling`. The client's cancel flag is forgotten: the way back must not be
 /// interrupted.
 ///

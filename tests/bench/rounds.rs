@@ -213,6 +213,7 @@ pub fn warm(path: &Path) {
 /// its first user much more than the next one, and each contender would be lucky or not.
 fn use_free_memory(guest_len: usize) {
     let mut memory = memmap2::MmapMut::map_anon(2 * guest_len).unwrap();
+    memory.advise(memmap2::Advice::HugePage).unwrap();
     for page in memory.chunks_mut(4096) {
         page[0] = 1;
     }

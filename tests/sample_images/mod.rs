@@ -96,7 +96,7 @@ pub fn full_manifest() -> Manifest {
             data_pages: 0,
             zero_pages: 3,
             vmdescription: false,
-            capture: None,
+            capture: Some("migration".into()),
             other: other(),
         }),
         other: other(),
