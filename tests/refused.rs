@@ -17,7 +17,7 @@ use serde_json::json;
 use vmstow::host::ProcessId;
 
 use support::{
-    Adopted, Before, Guest, GuestSpec, Process, Qemu, Qmp, Settings, TestDir, flip_bit,
+    Adopted, Before, Guest, GuestSpec, PATIENCE, Process, Qemu, Qmp, Settings, TestDir, flip_bit,
     wait_for_silence, wait_until,
 };
 
@@ -555,14 +555,22 @@ fn a_killed_restore_leaves_nothing_that_list_does_not_show() {
         child.wait().unwrap();
         // A QEMU whose stream was cut ends by itself.
         std::thread::sleep(Duration::from_millis(700));
-        let shown = dir.json(&["list"]);
+        // One that was just being started shows itself later.
+        let shown = wait_until("list shows what runs", PATIENCE, || {
+            let shown = dir.json(&["list"]);
+            match shown["guests"].as_array().map(Vec::len) == Some(dir.qemus().len()) {
+                true => Ok(shown),
+                false => Err(shown.to_string()),
+            }
+        });
         let outcome = match &dir.qemus()[..] {
             [] => "no QEMU".to_owned(),
             [qemu] => {
                 let guest = &shown["guests"][0];
                 assert_eq!(guest["pid"], qemu.pid(), "{shown}");
                 let status = Qmp::connect(guest["qmp"].as_str().unwrap()).status();
-                dir.vmstow().args(["stop", "guest"]).assert().success();
+                let name = guest["name"].as_str().unwrap();
+                dir.vmstow().args(["stop", name]).assert().success();
                 status
             }
             qemus => panic!("{qemus:?}"),
