@@ -68,7 +68,7 @@ fn a_guest_being_migrated_is_left_to_who_migrates_it() {
         let before = Settings::of(&mut qmp);
         qmp.command("migrate", json!({ "uri": "exec:cat >/dev/null" }));
         let status = |qmp: &mut Qmp| qmp.command("query-migrate", json!({}))["status"].clone();
-        wait_until("a migration", support::PATIENCE, || {
+        wait_until("a migration", PATIENCE, || {
             let found = status(&mut qmp);
             (found == "active").then_some(()).ok_or(found.to_string())
         });
@@ -85,7 +85,7 @@ fn a_guest_being_migrated_is_left_to_who_migrates_it() {
         assert_eq!(Settings::of(&mut qmp), before);
         guest.serial().wait_for_tick(guest.serial().last_tick() + 3);
         qmp.command("migrate_cancel", json!({}));
-        wait_until("its end", support::PATIENCE, || {
+        wait_until("its end", PATIENCE, || {
             let found = status(&mut qmp);
             (found == "cancelled")
                 .then_some(())
@@ -296,7 +296,7 @@ fn bare_qemu(dir: &TestDir, cwd: &Path, arguments: &[&str]) -> Adopted {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
-    let process = wait_until("its arguments", support::PATIENCE, || {
+    let process = wait_until("its arguments", PATIENCE, || {
         Process::open(child.id()).ok_or(String::new())
     });
     std::thread::spawn(move || child.wait());
@@ -442,7 +442,7 @@ fn a_working_directory_that_is_missing_is_named() {
     let inner = dir.join("inner");
     std::fs::create_dir(&inner).unwrap();
     let qemu = bare_qemu(&dir, &inner, &["-qmp", "unix:bare.qmp,server=on,wait=off"]);
-    wait_until("its monitor", support::PATIENCE, || {
+    wait_until("its monitor", PATIENCE, || {
         inner
             .join("bare.qmp")
             .exists()
