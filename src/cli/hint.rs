@@ -100,6 +100,10 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
             "`vmstow list` shows the guests that vmstow runs"
         }
         (_, Some(StoreError::Exists { .. }), _) => "choose another name, or give --replace",
+        (_, Some(StoreError::InUse { .. }), _) => {
+            "`vmstow list` shows the guests: end those that run on it, or change a copy of it"
+        }
+        (_, Some(StoreError::BeingChanged { .. }), _) => "wait until that has ended",
         (_, Some(StoreError::Terminal), _) => "name a file, or pipe the output somewhere",
         (.., Some(ConfigError::Refused { .. })) => "`vmstow inspect` lists what the guest has",
         _ => return image_advice(error, image).or_else(|| busy(error)),

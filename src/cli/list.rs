@@ -11,8 +11,9 @@ use serde_json::json;
 use super::Outcome;
 use super::ui::Ui;
 use crate::host::RuntimeDir;
+use crate::progress::Progress;
 use crate::qmp::QmpClient;
-use crate::supervise::{self, GuestDescription};
+use crate::supervise::{self, Damage, GuestDescription, damage_of};
 
 /// How long a monitor may take to answer; one that somebody else uses never does.
 const ANSWER: Duration = Duration::from_millis(300);
@@ -25,23 +26,55 @@ pub struct ListArgs {}
 struct ListedGuest {
     #[serde(flatten)]
     guest: GuestDescription,
-    /// The run state in QMP's words; `None` if its monitor is in use or does not answer.
+    /// The run state in QMP's words, or `damaged`; `None` if its monitor is in use or does not answer.
     state: Option<String>,
+    /// Why it is frozen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damage: Option<Damage>,
 }
 
 /// Prints a line a guest.
 pub fn run(_: &ListArgs, ui: &Ui) -> Outcome {
-    let found = supervise::list(&RuntimeDir::open()?)?;
-    let guests = found.running.into_iter().map(|guest| ListedGuest {
-        state: state_of(&guest),
-        guest,
-    });
-    let guests: Vec<ListedGuest> = guests.collect();
+    let runtime = RuntimeDir::open()?;
+    let found = supervise::list(&runtime)?;
+    let mut guests = Vec::new();
+    for guest in found.running {
+        let damage = damage_of(&runtime.guest(&guest.name)?)?;
+        if let Some(damage) = &damage {
+            ui.warn(&frozen(&guest, damage));
+        }
+        guests.push(ListedGuest {
+            state: match damage {
+                Some(_) => Some("damaged".to_owned()),
+                None => state_of(&guest),
+            },
+            guest,
+            damage,
+        });
+    }
     if guests.is_empty() {
         ui.note(&"no guest of vmstow runs here");
     }
     ui.answer(&json!({ "guests": guests }), |_| table(&guests))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What happened to the guest, and what to do.
+fn frozen(guest: &GuestDescription, damage: &Damage) -> String {
+    let image = guest.image.as_ref();
+    let image = image.map_or("its image".to_owned(), |path| path.display().to_string());
+    let places = [&damage.at, &damage.pages].into_iter().flatten();
+    let places: Vec<&str> = places.map(String::as_str).collect();
+    let places = match places.as_slice() {
+        [] => String::new(),
+        places => format!(" ({})", places.join(", ")),
+    };
+    format!(
+        "{name} is frozen, for {image} is damaged: {}{places}; end it with `vmstow stop {name}` and restore it from \
+         another copy of the image",
+        damage.what,
+        name = guest.name,
+    )
 }
 
 fn state_of(guest: &GuestDescription) -> Option<String> {

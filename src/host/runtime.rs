@@ -147,6 +147,11 @@ impl GuestDir {
         self.path.join("guest.json")
     }
 
+    /// Where it is noted that its image is damaged.
+    pub fn damage(&self) -> PathBuf {
+        self.path.join("damaged.json")
+    }
+
     /// Removes the directory and all in it; that it is gone already is no error.
     pub fn remove(&self) -> Result<(), HostError> {
         match fs::remove_dir_all(&self.path) {

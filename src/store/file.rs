@@ -26,7 +26,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock};
 use rustix::io::Errno;
 
 use super::StoreError;
@@ -80,6 +80,47 @@ impl FileSource {
     /// The open file.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Keeps others from changing the file, whose name is `path`, as long as this descriptor or one made from it is open,
+    /// here or in a process that inherited it. Any number may do so at a time.
+    ///
+    /// # Errors
+    /// [`StoreError::BeingChanged`] if somebody changes it now; [`StoreError::File`] where the file system knows no locks.
+    pub fn lock_shared(&self, path: &Path) -> Result<(), StoreError> {
+        let path = path.to_owned();
+        match flock(&self.file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(()),
+            Err(Errno::WOULDBLOCK) => Err(StoreError::BeingChanged { path }),
+            Err(errno) => Err(lock_failed(path, errno)),
+        }
+    }
+}
+
+/// Opens the file to change it, which nobody may use meanwhile: see [`FileSource::lock_shared`].
+///
+/// # Errors
+/// [`StoreError::InUse`] if somebody does; [`StoreError::File`] if it cannot be opened for writing, or not be locked.
+pub fn open_to_change(path: &Path) -> Result<File, StoreError> {
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    let file = opened.map_err(|source| StoreError::File {
+        act: "open",
+        path: path.to_owned(),
+        source,
+    })?;
+    let path = path.to_owned();
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(StoreError::InUse { path }),
+        Err(errno) => Err(lock_failed(path, errno)),
+    }
+}
+
+fn lock_failed(path: PathBuf, errno: Errno) -> StoreError {
+    StoreError::File {
+        act: "lock",
+        path,
+        source: errno.into(),
     }
 }
 
@@ -497,6 +538,32 @@ mod tests {
         let refused = rename_by_link(&from, &to).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(std::fs::read(&to).unwrap(), b"ours");
+    }
+
+    #[test]
+    fn a_file_in_use_is_not_changed_and_a_file_being_changed_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.stow");
+        std::fs::write(&path, b"x").unwrap();
+        let users = [(); 2].map(|()| FileSource::open(&path).unwrap());
+        users
+            .iter()
+            .for_each(|user| user.lock_shared(&path).unwrap());
+        let inherited = users[1].file().try_clone().unwrap();
+        drop(users);
+        assert!(matches!(
+            open_to_change(&path),
+            Err(StoreError::InUse { .. })
+        ));
+        drop(inherited);
+        let editor = open_to_change(&path).unwrap();
+        let user = FileSource::open(&path).unwrap();
+        assert!(matches!(
+            user.lock_shared(&path),
+            Err(StoreError::BeingChanged { .. })
+        ));
+        drop(editor);
+        user.lock_shared(&path).unwrap();
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! QEMU processes of ours: launched, listed, stopped; and the guardian that puts a guest back if a saver is killed.
+//! QEMU processes of ours: launched, listed, frozen, stopped; and the guardian that puts a guest back if a saver is killed.
 //!
 //! What QEMU is started with is `config`'s business, why it is started the stories'.
 
+mod damage;
 mod error;
 mod guard;
 mod guardian;
@@ -10,6 +11,7 @@ mod list;
 mod stop;
 mod undo;
 
+pub use damage::{Damage, damage_of, freeze};
 pub use error::SuperviseError;
 pub use guard::run as run_guardian;
 pub use guardian::{Guardian, GuardianInstruction, NodeIdentity, SUBCOMMAND, Then};
