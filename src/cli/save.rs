@@ -95,6 +95,8 @@ enum LayoutArg {
     Zstd,
     /// QEMU's stream as it is; `-incoming file:IMAGE` reads it
     Raw,
+    /// Each page at a place of its own, zero pages are holes: for `restore --map`. Goes to files only
+    Mapped,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -146,6 +148,7 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
             layout: match args.layout {
                 LayoutArg::Zstd => Layout::Zstd,
                 LayoutArg::Raw => Layout::Raw,
+                LayoutArg::Mapped => Layout::Mapped,
             },
             level: args.level,
             chunk_len: pipeline::DEFAULT_CHUNK_LEN,

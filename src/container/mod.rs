@@ -40,7 +40,7 @@ pub use reader::Image;
 pub use section::FrameHeader;
 pub use signature::{Signature, sign_payload};
 pub use walk::TornTail;
-pub use writer::{Finished, ImageWriter, StoredChunk};
+pub use writer::{Finished, ImageWriter, PlacedChunk, StoredChunk};
 
 use uuid::Uuid;
 

@@ -151,7 +151,7 @@ impl Chunker {
     /// Takes in `element`, which begins at `position` of the open chunk, after [`Chunker::cut_before`] said `None`.
     pub fn take(&mut self, element: &Element, position: usize) {
         match element.event {
-            Event::Framing => self.content = Content::Framing,
+            Event::Framing | Event::MappedBlock { .. } => self.content = Content::Framing,
             Event::DeviceState => self.content = Content::DeviceState,
             Event::Page {
                 block,

@@ -7,7 +7,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::chunker::{Chunker, max_chunk_len};
 use super::sealing::{Buffer, Sealed, Sealer, append, pool};
-use super::{PipelineError, batch_len, window, with_waiting};
+use super::{PipelineError, batch_len, mapped, window, with_waiting};
 use crate::container::{ImageWriter, Layout, PageMapBuilder};
 use crate::progress::Progress;
 use crate::stream::{Element, Event, Parser, StreamSummary};
@@ -16,9 +16,9 @@ use crate::units::PAGE_LEN;
 /// How chunks are made.
 #[derive(Debug, Clone, Copy)]
 pub struct Encoding {
-    /// `zstd` compresses each chunk, `raw` stores it as it is.
+    /// `zstd` compresses each chunk, `raw` stores it as it is, `mapped` puts each page into its own place.
     pub layout: Layout,
-    /// zstd's level; of no meaning for `raw`.
+    /// zstd's level; of no meaning for the others.
     pub level: i32,
     /// Bytes of guest memory in a chunk: a power of two of at least one page.
     pub chunk_len: usize,
@@ -66,6 +66,9 @@ pub fn encode(
     encoding: &Encoding,
     progress: &dyn Progress,
 ) -> Result<Encoded, PipelineError> {
+    if encoding.layout == Layout::Mapped {
+        return mapped::encode(stream, image, encoding, progress);
+    }
     let threads = encoding.threads.max(1);
     let max_chunk_len = max_chunk_len(encoding.chunk_len);
     let window = window(threads, max_chunk_len);

@@ -17,6 +17,7 @@ mod decode;
 mod encode;
 mod gather;
 mod load;
+mod mapped;
 mod pipe;
 mod place;
 mod region;
@@ -26,6 +27,7 @@ pub use capture::{StoppedGuestMemory, capture};
 pub use check::{Checked, check};
 pub use decode::{decode, examine};
 pub use encode::{Encoded, Encoding, encode};
+pub use mapped::MappedImage;
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
 pub use place::{Destination, Placement, place};
 pub use region::StoppedBlock;
@@ -39,7 +41,7 @@ use crate::container::ContainerError;
 use crate::error::{Blame, ErrorKind};
 use crate::host::HostError;
 use crate::stream::StreamError;
-use crate::units::StreamOffset;
+use crate::units::{PageIndex, StreamOffset};
 
 /// Bytes of guest memory in one chunk where nothing else is asked for.
 ///
@@ -111,6 +113,20 @@ pub enum PipelineError {
         /// Where in the stream, or its end where the whole does not agree.
         at: StreamOffset,
     },
+    /// An image of layout `mapped` is written at many places, which a pipe has not.
+    #[error("layout mapped can only be written to a file")]
+    NoPlaces,
+    /// A stream without a configuration has nowhere to say that it is of the mapped-ram layout.
+    #[error("a guest of so old a machine type cannot be saved in layout mapped")]
+    NoConfiguration,
+    /// A page that the stream says is zero has bytes.
+    #[error("RAMBlock {idstr:?} has bytes in page {page}, which the stream says is zero")]
+    NotZero {
+        /// The RAMBlock.
+        idstr: String,
+        /// The page.
+        page: PageIndex,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Cancelled,
@@ -124,7 +140,9 @@ impl Blame for PipelineError {
         match self {
             PipelineError::Container(error) => error.kind(),
             PipelineError::Stream(error) => error.kind(),
-            PipelineError::PageMap { .. } => ErrorKind::Image,
+            PipelineError::PageMap { .. } | PipelineError::NotZero { .. } => ErrorKind::Image,
+            PipelineError::NoPlaces => ErrorKind::Usage,
+            PipelineError::NoConfiguration => ErrorKind::Host,
             PipelineError::Cancelled => ErrorKind::Interrupted,
             PipelineError::ElementTooLong { .. }
             | PipelineError::Memory(_)

@@ -10,7 +10,7 @@ use rustix::pipe::PipeFlags;
 use serde::Serialize;
 
 use super::{Plan, RestoreError, placing};
-use crate::container::{Image, PageMap};
+use crate::container::{Image, Layout, PageMap};
 use crate::error::{Error, Result};
 use crate::host::{HostError, ProcessId, ProcessMemory};
 use crate::pipeline::{self, PipedImage, PipelineError};
@@ -58,7 +58,10 @@ pub fn load(
     // Where we may not look at QEMU's memory, QEMU is fed.
     let memory = ProcessMemory::open(qemu).ok();
     let placement = match (&memory, page_map) {
-        (Some(memory), Some(page_map)) => placing::placement(qmp, memory, page_map)?,
+        // Placing takes page records apart, of which layout mapped has none.
+        (Some(memory), Some(page_map)) if image.layout() != Layout::Mapped => {
+            placing::placement(qmp, memory, page_map)?
+        }
         _ => None,
     };
     progress.begin("restoring", Some(image.stream_len()));

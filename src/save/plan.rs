@@ -11,6 +11,7 @@ use super::{GuestLeft, SaveError, SaveRequest, Source};
 use crate::container::Layout;
 use crate::error::Result;
 use crate::host::{self, HostError, ProcessFacts, ProcessId, ProcessLock, RuntimeDir};
+use crate::pipeline::PipelineError;
 use crate::qmp::{QmpClient, QmpError, RunState, SavedSettings};
 use crate::store::{Location, check_target};
 
@@ -180,12 +181,17 @@ impl Plan {
 
     fn refuse_target(&self, request: &SaveRequest) -> Result<()> {
         let Some(path) = request.target.path() else {
-            return Ok(());
+            return match request.encoding.layout {
+                Layout::Mapped => Err(PipelineError::NoPlaces.into()),
+                _ => Ok(()),
+            };
         };
         check_target(path, request.may_replace)?;
         // Zero pages take no room; a raw image holds every other page, which QEMU cannot hold without memory.
         let needed = match (request.encoding.layout, self.report.resident_bytes) {
-            (Layout::Raw, Some(resident)) => resident.min(self.report.memory_bytes) / 2,
+            (Layout::Raw | Layout::Mapped, Some(resident)) => {
+                resident.min(self.report.memory_bytes) / 2
+            }
             _ => 1 << 20,
         };
         match self.report.free_bytes {

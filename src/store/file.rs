@@ -26,11 +26,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, SeekFrom, flock};
 use rustix::io::Errno;
 
 use super::StoreError;
-use crate::bytes::{PublishError, ReadAt, Sink};
+use crate::bytes::{PublishError, ReadAt, Sink, WriteAt};
 
 /// Bytes collected before they go to the kernel in one write.
 const WRITE_LEN: usize = 1 << 20;
@@ -143,6 +143,16 @@ impl ReadAt for FileSource {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) => Ok(data.min(self.len)),
+            Err(Errno::NXIO) => Ok(self.len),
+            // A file system that does not tell where holes are.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }
 
@@ -366,6 +376,17 @@ impl Sink for FileSink {
         }
     }
 
+    fn places(&self) -> Option<&dyn WriteAt> {
+        Some(self)
+    }
+
+    fn append_from(&mut self, offset: u64) -> io::Result<()> {
+        self.write_pending()?;
+        rustix::fs::seek(&self.file, SeekFrom::Start(offset))?;
+        (self.written, self.flushed) = (offset, offset);
+        Ok(())
+    }
+
     fn sync(&mut self) -> io::Result<()> {
         self.write_pending()?;
         self.file.sync_data()
@@ -395,6 +416,16 @@ impl Sink for FileSink {
         }
         self.is_published = true;
         sync_names(&self.directory).map_err(PublishError::Unknown)
+    }
+}
+
+impl WriteAt for FileSink {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    fn read_back_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
     }
 }
 
@@ -460,6 +491,30 @@ mod tests {
         sink.sync().unwrap();
         sink.publish().unwrap();
         assert!(std::fs::read(&target).unwrap() == expected);
+    }
+
+    #[test]
+    fn what_is_written_in_its_place_leaves_holes_between() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("x.stow");
+        let mut sink = FileSink::create(&target, false).unwrap();
+        let places = sink.places().unwrap();
+        places.write_all_at(&[2; 4096], 8 << 20).unwrap();
+        places.write_all_at(&[1; 4096], 0).unwrap();
+        let mut back = [0; 2];
+        places.read_back_at(&mut back, 8 << 20).unwrap();
+        assert_eq!(back, [2, 2]);
+        sink.append_from((8 << 20) + 4096).unwrap();
+        sink.append(b"end").unwrap();
+        sink.sync().unwrap();
+        sink.publish().unwrap();
+        let source = FileSource::open(&target).unwrap();
+        assert_eq!(source.len(), (8 << 20) + 4096 + 3);
+        let mut bytes = [0; 4];
+        source.read_exact_at(&mut bytes, (8 << 20) + 4095).unwrap();
+        assert_eq!(&bytes, b"\x02end");
+        assert!((4096..=8 << 20).contains(&source.next_data(4096).unwrap()));
+        assert_eq!(source.next_data(source.len()).unwrap(), source.len());
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! | `device_state`, `device_walk`, `footer_search` | the device sections: with their description and without |
 //! | `vmdescription` | the JSON that tells how long they are |
 //! | [`writer`] | the stream around page records that were not made by QEMU |
+//! | [`mapped_ram`] | the layout in which pages lie at places of their own |
 //! | `section` | the header and the footer of every section |
 //! | [`error`] | what can be wrong with a stream |
 //! | `cursor` | big-endian integers and names, read forward |
@@ -20,6 +21,7 @@ mod device_state;
 mod device_walk;
 pub mod error;
 mod footer_search;
+pub mod mapped_ram;
 mod page_set;
 pub mod parser;
 mod ram;
