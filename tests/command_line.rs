@@ -114,6 +114,9 @@ resources: disk disk0 (virtio-blk-pci): */web01.img
     image: * MiB, layout zstd, format 1, generation 1, * chunks
    digest: *
     trust: it is signed by vmstow@* (SHA256:*)
+  restore: eager
+           --lazy
+           not --map: its layout is zstd
 ",
     );
 }

@@ -203,6 +203,8 @@ fn restore_advice(error: &RestoreError) -> Option<String> {
         }
         RestoreError::NoDirectory { .. } => "make the directory; the guest's relative paths start there".to_owned(),
         RestoreError::QemuGaveUp { .. } | RestoreError::NotLoaded => "use the QEMU that the guest was saved from, or a newer one, with --qemu".to_owned(),
+        RestoreError::NotMapped { .. } => "vmstow convert IMAGE OUT --layout mapped, then restore OUT; or restore without --map".to_owned(),
+        RestoreError::MappedPipe => "write it to a file first, or restore without --map".to_owned(),
         RestoreError::NotStarted { source, .. } if source.to_string().contains("lock") => {
             "another QEMU uses this disk: end it, or give this guest a disk of its own with --remap disk:ID=PATH".to_owned()
         }

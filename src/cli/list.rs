@@ -13,7 +13,7 @@ use super::ui::Ui;
 use crate::host::RuntimeDir;
 use crate::progress::Progress;
 use crate::qmp::QmpClient;
-use crate::supervise::{self, Damage, GuestDescription, damage_of};
+use crate::supervise::{self, Damage, GuestDescription, damage_of, is_being_verified};
 
 /// How long a monitor may take to answer; one that somebody else uses never does.
 const ANSWER: Duration = Duration::from_millis(300);
@@ -31,6 +31,9 @@ struct ListedGuest {
     /// Why it is frozen.
     #[serde(skip_serializing_if = "Option::is_none")]
     damage: Option<Damage>,
+    /// Whether the image that it runs on is being verified.
+    #[serde(rename = "verifying", skip_serializing_if = "std::ops::Not::not")]
+    is_being_verified: bool,
 }
 
 /// Prints a line a guest.
@@ -39,7 +42,11 @@ pub fn run(_: &ListArgs, ui: &Ui) -> Outcome {
     let found = supervise::list(&runtime)?;
     let mut guests = Vec::new();
     for guest in found.running {
-        let damage = damage_of(&runtime.guest(&guest.name)?)?;
+        // One that ended meanwhile is not listed.
+        let Ok(dir) = runtime.guest(&guest.name) else {
+            continue;
+        };
+        let damage = damage_of(&dir)?;
         if let Some(damage) = &damage {
             ui.warn(&frozen(&guest, damage));
         }
@@ -49,6 +56,7 @@ pub fn run(_: &ListArgs, ui: &Ui) -> Outcome {
                 None => state_of(&guest),
             },
             guest,
+            is_being_verified: damage.is_none() && is_being_verified(&dir),
             damage,
         });
     }

@@ -19,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::host::ProcessId;
 use ui::Ui;
 
 /// Stows a running QEMU guest in one file and brings it back, here or on another host.
@@ -56,6 +57,21 @@ enum Command {
     /// Watches over a save; started by `vmstow save` itself.
     #[command(name = "__guardian", hide = true)]
     Guardian,
+    /// Verifies an image that a guest runs on; started by `vmstow restore --map` itself.
+    #[command(name = "__verify", hide = true)]
+    Verifier(VerifierArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct VerifierArgs {
+    /// The guest's directory
+    dir: std::path::PathBuf,
+    /// Its QEMU's process id
+    pid: i32,
+    /// When that was started
+    start_time: u64,
+    /// The descriptor of the image
+    image: i32,
 }
 
 /// Runs the program and gives its exit code.
@@ -63,6 +79,10 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if matches!(cli.command, Command::Guardian) {
         return crate::supervise::run_guardian();
+    }
+    if let Command::Verifier(args) = &cli.command {
+        let (pid, start_time) = (args.pid, args.start_time);
+        return crate::restore::run_verifier(&args.dir, ProcessId { pid, start_time }, args.image);
     }
     let ui = Ui::new(&cli.output);
     let done = match cli.command {
@@ -77,7 +97,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args, &ui),
         Command::Completion(args) => completion::run(&args, Cli::command()),
         Command::Man(args) => completion::run_man(&args, Cli::command()),
-        Command::Guardian => Ok(ExitCode::SUCCESS),
+        Command::Guardian | Command::Verifier(_) => Ok(ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|failure| ui.fail(&failure))
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::ui::{Ui, threads};
@@ -16,7 +16,9 @@ use crate::container::{ContainerError, Manifest};
 use crate::image::{self, Trust};
 use crate::pipeline::{self, PipedImage, begins_with_head};
 use crate::progress::Progress;
-use crate::restore::{self, Origin, Plan, RestoreReport, RestoreRequest};
+use crate::restore::{
+    self, Mapping, Origin, Plan, RestoreError, RestoreReport, RestoreRequest, Verify,
+};
 use crate::store::{Location, StoreError};
 use crate::supervise::RunningGuest;
 use crate::units::FileOffset;
@@ -30,6 +32,22 @@ use crate::units::FileOffset;
 pub struct RestoreArgs {
     /// The image; - reads standard input
     image: Location,
+
+    /// Let QEMU map the guest's memory from the image: it runs at once, however much memory it has
+    ///
+    /// For images of layout mapped, with QEMU 8.2 or later. The image is never written to; it must stay as long as the
+    /// guest runs.
+    #[arg(long)]
+    map: bool,
+
+    /// With --map: when all of the image is verified
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "background",
+        requires = "map"
+    )]
+    verify: VerifyArg,
 
     /// Leave the guest paused
     #[arg(long)]
@@ -79,9 +97,20 @@ pub struct RestoreArgs {
     timeout: u64,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum VerifyArg {
+    /// Before the guest runs
+    Full,
+    /// While it runs; if a byte is wrong the guest is frozen, see `vmstow list`
+    Background,
+    /// Never; only what is not mapped
+    Quick,
+}
+
 const EXAMPLES: &str = "\
 Examples:
   vmstow restore web01.stow
+  vmstow restore web01.stow --map
   vmstow restore web01.stow --remap disk:disk0=/srv/web01.qcow2 --remap net:net0=user
   ssh host cat web01.stow | vmstow restore - --trust";
 
@@ -101,7 +130,12 @@ fn remap(text: &str) -> Result<Remap, String> {
 
 /// Restores, or says what a restore would do.
 pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
-    let request = RestoreRequest {
+    let verify = args.map.then_some(match args.verify {
+        VerifyArg::Full => Verify::Full,
+        VerifyArg::Background => Verify::Background,
+        VerifyArg::Quick => Verify::Quick,
+    });
+    let mut request = RestoreRequest {
         image: args.image.clone(),
         qemu: args.qemu,
         name: args.name,
@@ -109,10 +143,14 @@ pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
         remaps: args.remaps,
         trust: args.trust,
         accept_changed_disks: args.accept_changed_disks,
+        map: None,
         threads: args.threads.unwrap_or_else(pipeline::default_threads),
         timeout: Duration::from_secs(args.timeout),
     };
     let (manifest, trust, origin) = origin(&args.image, request.trust, ui)?;
+    if let Some(verify) = verify {
+        request.map = Some(mapping(&origin, verify).about(&args.image)?);
+    }
     let plan = Plan::check(manifest, &trust, &request).about(&args.image)?;
     for warning in plan.warnings() {
         ui.warn(&format!("{} [{}]", warning.fact, warning.code));
@@ -127,6 +165,19 @@ pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
         stay(guest, ui)
     } else {
         leave(guest)
+    }
+}
+
+/// What QEMU is to map.
+fn mapping<R: std::io::Read>(origin: &Origin<R>, verify: Verify) -> crate::error::Result<Mapping> {
+    let program = std::env::current_exe().map_err(|source| StoreError::File {
+        act: "find",
+        path: "/proc/self/exe".into(),
+        source,
+    })?;
+    match origin {
+        Origin::Image(opened) => Mapping::of(opened, verify, program),
+        Origin::Pipe(_) => Err(RestoreError::MappedPipe.into()),
     }
 }
 

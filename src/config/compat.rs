@@ -9,6 +9,7 @@
 //! | `file.missing` `file.permission` `file.changed` | a file the arguments name |
 //! | `disk.changed` `disk.unproven` | a disk is not, or may not be (a warning), what it was at the save |
 //! | `socket.busy` `port.busy` `interface.missing` | a socket or port in use; a tap or bridge that is not there |
+//! | `map.memory` `map.qemu` | memory cannot be mapped from the image: what the guest has, a QEMU that is too old |
 //! | `memory.short` | less memory is free than the guest has (a warning) |
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -11,6 +11,7 @@
 //! | [`foreign`] | what of them reaches beyond the guest |
 //! | [`remap`] | other backends for those resources |
 //! | [`restore_arguments`](mod@restore_arguments) | kept arguments → restore arguments |
+//! | [`mapped_memory`] | guest RAM as a private mapping of an image, and the way back |
 //! | [`domain_xml`](mod@domain_xml) | arguments → libvirt domain XML; the name and UUID in somebody's XML |
 //! | [`compat`] | (guest, host) → every reason it cannot run |
 
@@ -18,6 +19,7 @@ pub mod arguments;
 pub mod compat;
 pub mod domain_xml;
 pub mod foreign;
+pub mod mapped_memory;
 pub mod paths;
 pub mod properties;
 pub mod remap;

@@ -194,12 +194,7 @@ impl QemuFacts {
     /// # Errors
     /// [`HostError::NotQemu`] if it does not answer as QEMU does.
     pub fn probe(binary: &Path) -> Result<Self, HostError> {
-        let greeting = answer(binary, ask(binary, &["--version"])?)?;
-        let (version, package) = parse_version(&greeting).ok_or_else(|| HostError::NotQemu {
-            path: binary.to_owned(),
-            argument: "--version",
-            answer: greeting.chars().take(200).collect(),
-        })?;
+        let (version, package) = version_and_package(binary)?;
         let machines = ask(binary, &["-machine", "help"])?;
         let accelerators = ask(binary, &["-accel", "help"])?;
         Ok(QemuFacts {
@@ -216,6 +211,23 @@ impl QemuFacts {
         let found = self.machines.iter().find(|machine| machine.name == name)?;
         Some(found.alias_of.as_deref().unwrap_or(&found.name))
     }
+}
+
+/// The version of a QEMU binary, which runs once for some 12 ms.
+///
+/// # Errors
+/// [`HostError::NotQemu`] if it does not answer as QEMU does.
+pub fn qemu_version(binary: &Path) -> Result<Version, HostError> {
+    version_and_package(binary).map(|(version, _)| version)
+}
+
+fn version_and_package(binary: &Path) -> Result<(Version, Option<String>), HostError> {
+    let greeting = answer(binary, ask(binary, &["--version"])?)?;
+    parse_version(&greeting).ok_or_else(|| HostError::NotQemu {
+        path: binary.to_owned(),
+        argument: "--version",
+        answer: greeting.chars().take(200).collect(),
+    })
 }
 
 /// Starts the binary, to say something on its standard output and end.

@@ -16,7 +16,7 @@ mod runtime;
 pub use error::HostError;
 pub use facts::{
     FileIdentity, MachineName, QEMU_BINARY, QemuFacts, Userfaultfd, Version, file_digest,
-    file_digest_while, find_qemu, free_space, is_kvm_accessible, userfaultfd,
+    file_digest_while, find_qemu, free_space, is_kvm_accessible, qemu_version, userfaultfd,
 };
 pub use memory::{available_memory, resident_bytes};
 pub use monitor::{Monitor, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets};

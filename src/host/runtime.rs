@@ -152,6 +152,11 @@ impl GuestDir {
         self.path.join("damaged.json")
     }
 
+    /// Where it is noted who verifies its image while it runs.
+    pub fn verifier(&self) -> PathBuf {
+        self.path.join("verifier.json")
+    }
+
     /// Removes the directory and all in it; that it is gone already is no error.
     pub fn remove(&self) -> Result<(), HostError> {
         match fs::remove_dir_all(&self.path) {

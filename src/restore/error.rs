@@ -85,6 +85,17 @@ pub enum RestoreError {
         /// The limit.
         limit: Duration,
     },
+    /// Memory can only be mapped from an image in which each page has a place of its own.
+    #[error(
+        "an image of layout {layout} cannot be mapped: its pages do not lie where memory could be"
+    )]
+    NotMapped {
+        /// Its layout.
+        layout: String,
+    },
+    /// Memory can only be mapped from a file.
+    #[error("an image that comes through a pipe cannot be mapped")]
+    MappedPipe,
     /// The image's stream has to begin with QEMU's magic; QEMU would wait for ever on anything else.
     #[error("the image holds no migration stream of QEMU")]
     NotAStream,
@@ -102,7 +113,9 @@ impl Blame for RestoreError {
     fn kind(&self) -> ErrorKind {
         match self {
             RestoreError::Untrusted { .. } => ErrorKind::Trust,
-            RestoreError::NameTaken { .. } => ErrorKind::Usage,
+            RestoreError::NameTaken { .. }
+            | RestoreError::NotMapped { .. }
+            | RestoreError::MappedPipe => ErrorKind::Usage,
             RestoreError::NotAStream | RestoreError::HeadDiffers { .. } => ErrorKind::Image,
             RestoreError::Damaged { why, .. } => why.kind(),
             _ => ErrorKind::Host,

@@ -34,6 +34,8 @@ pub enum Way {
     Placed,
     /// QEMU read it from the stream.
     Fed,
+    /// It is a private mapping of the image, all but small RAMBlocks.
+    Mapped,
 }
 
 /// What QEMU was given.
@@ -105,7 +107,7 @@ pub fn feed_from_pipe<R: Read>(
 }
 
 /// Writes a stream into a pipe that QEMU reads.
-struct Feeder<'a> {
+pub struct Feeder<'a> {
     qmp: &'a mut QmpClient,
     pipe: File,
     is_begun: bool,
@@ -114,7 +116,8 @@ struct Feeder<'a> {
 }
 
 impl<'a> Feeder<'a> {
-    fn new(qmp: &'a mut QmpClient, progress: &'a dyn Progress) -> Result<Self> {
+    /// A feeder that QEMU has not been told of yet.
+    pub fn new(qmp: &'a mut QmpClient, progress: &'a dyn Progress) -> Result<Self> {
         let error = |source: rustix::io::Errno| PipelineError::Output(source.into());
         let (qemus, ours) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(error)?;
         // A larger pipe costs fewer waits; the default one works too.
@@ -131,9 +134,11 @@ impl<'a> Feeder<'a> {
         })
     }
 
+    /// Gives QEMU the next bytes of the stream.
+    ///
     /// QEMU hangs on an empty stream for ever, and dies of a wrong one without a word that helps: it is told to read
     /// only when there is a stream to be read.
-    fn take(&mut self, raw: &[u8]) -> Result<(), PipelineError> {
+    pub fn take(&mut self, raw: &[u8]) -> Result<(), PipelineError> {
         if !self.is_begun {
             if !is_stream_start(raw) {
                 return Err(PipelineError::Output(io::Error::other(

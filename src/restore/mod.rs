@@ -15,9 +15,11 @@
 mod check;
 mod error;
 mod incoming;
+mod mapped;
 mod placing;
 mod plan;
 
+use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -27,6 +29,7 @@ use serde::Serialize;
 pub use error::RestoreError;
 use incoming::Given;
 pub use incoming::Way;
+pub use mapped::{Mapping, Verify, run_verifier};
 pub use plan::Plan;
 
 use crate::bytes::ReadAt;
@@ -56,6 +59,8 @@ pub struct RestoreRequest {
     pub trust: bool,
     /// Whether a disk that cannot be proven unchanged is accepted even if it certainly changed.
     pub accept_changed_disks: bool,
+    /// Whether QEMU maps guest memory from the image, and which.
+    pub map: Option<Mapping>,
     /// Workers.
     pub threads: usize,
     /// The longest QEMU may take to load the stream once it has all of it.
@@ -81,6 +86,9 @@ pub struct RestoreReport {
     pub stream_bytes: u64,
     /// How QEMU got guest memory.
     pub memory: Way,
+    /// When the image is verified from which memory is mapped: `full`, `background` or `quick`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify: Option<&'static str>,
 }
 
 /// Where the stream of a checked plan comes from.
@@ -104,13 +112,28 @@ pub fn restore<R: Read>(
         Origin::Image(image) => {
             // The guest could do without it, but nothing of a damaged image is restored.
             image.image().xml()?;
-            image.image().page_map()?
+            match plan.mapping() {
+                // Reading it would take the longer the more memory the guest has.
+                Some(_) => None,
+                None => image.image().page_map()?,
+            }
         }
         Origin::Pipe(_) => None,
     };
+    let file = match &origin {
+        Origin::Image(image) if plan.mapping().is_some() => Some(mapped::keep_open(image)?),
+        _ => None,
+    };
+    if let (Origin::Image(image), Some(mapping)) = (&origin, plan.mapping())
+        && mapping.verify == Verify::Full
+    {
+        let image = image.image();
+        let verified = mapped::verify_all(image, plan.threads(), progress);
+        verified.map_err(|error| with_pages(error, image))?;
+    }
     let start = Instant::now();
-    let mut guest = supervise::launch(plan.launch()?)?;
-    match load_and_run(plan, origin, page_map, &mut guest, progress) {
+    let mut guest = supervise::launch(plan.launch(file.as_ref())?)?;
+    match load_and_run(plan, origin, page_map, file, &mut guest, progress) {
         Ok((state, given)) => {
             let running_after = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
             let report = RestoreReport {
@@ -122,6 +145,7 @@ pub fn restore<R: Read>(
                 state,
                 stream_bytes: given.stream_bytes,
                 memory: given.way,
+                verify: plan.mapping().map(|it| it.verify.word()),
             };
             Ok((report, guest))
         }
@@ -135,6 +159,7 @@ fn load_and_run<R: Read>(
     plan: &Plan,
     origin: Origin<R>,
     page_map: Option<PageMap>,
+    mapped: Option<File>,
     guest: &mut RunningGuest,
     progress: &dyn Progress,
 ) -> Result<(String, Given)> {
@@ -143,19 +168,29 @@ fn load_and_run<R: Read>(
         Origin::Image(image) => {
             let (image, process) = (image.image(), guest.description().process);
             let page_map = page_map.as_ref();
-            incoming::load(&mut qmp, process, image, page_map, plan.threads(), progress)
-                .map_err(|error| with_pages(error, image))?
+            if plan.mapping().is_some() {
+                mapped::load(&mut qmp, image, plan.mapped_blocks(), progress)
+            } else {
+                incoming::load(&mut qmp, process, image, page_map, plan.threads(), progress)
+            }
+            .map_err(|error| with_pages(error, image))?
         }
         Origin::Pipe(pipe) => incoming::feed_from_pipe(&mut qmp, pipe, plan, progress)?,
     };
     incoming::confirm_completed(&mut qmp, plan.timeout())?;
+    let verifier = match (plan.mapping(), mapped) {
+        (Some(mapping), Some(file)) => mapping.verify_behind(&file, guest)?,
+        _ => None,
+    };
     if plan.runs_on() {
         qmp.cont().map_err(|source| RestoreError::NotStarted {
             guest: guest.name().to_owned(),
             source,
         })?;
     }
-    Ok((qmp.query_status()?.to_string(), given))
+    let state = qmp.query_status()?.to_string();
+    drop(verifier);
+    Ok((state, given))
 }
 
 /// Says which guest memory is damaged, where a chunk is.

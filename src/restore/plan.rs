@@ -1,12 +1,15 @@
 //! What would be restored, with which QEMU and arguments, and whether it can be: all asked before QEMU is started.
 
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check;
-use super::{RestoreError, RestoreRequest};
-use crate::config::compat::{Finding, Level};
+use super::{Mapping, RestoreError, RestoreRequest};
+use crate::config::compat::{Finding, Level, QemuVersion};
 use crate::config::foreign::{foreign, open_networks};
+use crate::config::mapped_memory;
 use crate::config::remap::block_graph_remaps;
 use crate::config::{
     Arguments, Remap, Resource, ResourceKind, ResourceTable, RestoreContext, restore_arguments,
@@ -31,6 +34,9 @@ pub struct Plan {
     runs_on: bool,
     threads: usize,
     timeout: Duration,
+    mapping: Option<Mapping>,
+    /// The RAMBlocks that QEMU maps from the image.
+    mapped_blocks: Vec<String>,
 }
 
 impl Plan {
@@ -78,9 +84,12 @@ impl Plan {
             runs_on: manifest.guest.was_running && !request.paused,
             threads: request.threads,
             timeout: request.timeout,
+            mapping: request.map.clone(),
+            mapped_blocks: Vec::new(),
             manifest,
         };
         let arguments = plan.arguments_at(Path::new("/nonexistent"))?;
+        plan.choose_mapped_blocks(&arguments)?;
         if !is_trusted {
             plan.refuse_foreign_resources(&arguments, trust, request)?;
         }
@@ -108,6 +117,16 @@ impl Plan {
         self.timeout
     }
 
+    /// The image from which memory is mapped, if it is.
+    pub fn mapping(&self) -> Option<&Mapping> {
+        self.mapping.as_ref()
+    }
+
+    /// The RAMBlocks that QEMU maps from the image.
+    pub(super) fn mapped_blocks(&self) -> &[String] {
+        &self.mapped_blocks
+    }
+
     /// What may go wrong although nothing speaks against a restore.
     pub fn warnings(&self) -> &[Finding] {
         &self.warnings
@@ -116,11 +135,19 @@ impl Plan {
     /// The QEMU command that a restore would run; the runtime directory stands in it as it would be named.
     pub fn command(&self) -> Result<Vec<String>> {
         let directory = RuntimeDir::open()?.path().join(sanitise_name(&self.name));
-        self.command_at(&directory)
+        let image = self.image.as_deref().unwrap_or(Path::new("-"));
+        self.command_at(&directory, &image.display().to_string())
     }
 
-    fn command_at(&self, directory: &Path) -> Result<Vec<String>> {
+    /// `image` is where QEMU finds the image, if it maps it.
+    fn command_at(&self, directory: &Path, image: &str) -> Result<Vec<String>> {
         let mut command = self.arguments_at(directory)?;
+        if let Some(mapping) = &self.mapping {
+            let arguments = Arguments::parse(&command)?;
+            let mapped = mapped_memory::map(&arguments, image, &mapping.blocks);
+            let mapped = mapped.map_err(|findings| self.cannot_run(findings))?;
+            command = mapped.arguments.write();
+        }
         if let Some(program) = command.first_mut() {
             *program = self.qemu.path.display().to_string();
         }
@@ -137,13 +164,50 @@ impl Plan {
         Ok(restore_arguments(&self.kept, &context, &self.remaps)?)
     }
 
-    /// Makes the guest's runtime directory and says what to start in it.
-    pub fn launch(&self) -> Result<Launch> {
+    /// Finds what can be mapped, if anything shall be.
+    fn choose_mapped_blocks(&mut self, arguments: &[String]) -> Result<()> {
+        let Some(mapping) = &self.mapping else {
+            return Ok(());
+        };
+        let version = &self.qemu.version;
+        let version = QemuVersion(version.major, version.minor, version.micro);
+        let path = self.qemu.path.display().to_string();
+        let mut findings = Vec::from_iter(mapped_memory::check_qemu(version, &path));
+        let mapped = mapped_memory::map(&Arguments::parse(arguments)?, "", &mapping.blocks);
+        match mapped {
+            Ok(mapped) if findings.is_empty() => {
+                self.mapped_blocks = mapped.blocks;
+                return Ok(());
+            }
+            Ok(_) => {}
+            Err(more) => findings.extend(more),
+        }
+        Err(self.cannot_run(findings).into())
+    }
+
+    fn cannot_run(&self, findings: Vec<Finding>) -> RestoreError {
+        RestoreError::CannotRun {
+            guest: self.name.clone(),
+            findings,
+        }
+    }
+
+    /// Makes the guest's runtime directory and says what to start in it. If memory is mapped, QEMU inherits `image`: what
+    /// it maps is the file that was looked at, whatever its name means by then, and the lock on it lasts.
+    pub fn launch(&self, image: Option<&File>) -> Result<Launch> {
         let runtime = RuntimeDir::open()?;
         // What guests that ended left behind must not take their names; that it cannot be removed harms nobody.
         let _ = supervise::list(&runtime);
         let dir: GuestDir = runtime.create_guest(&sanitise_name(&self.name))?;
-        let command = self.command_at(dir.path());
+        let image = image.filter(|_| self.mapping.is_some());
+        let image = image.map(File::try_clone).transpose();
+        let image = image.map_err(|source| HostError::File {
+            act: "keep open",
+            path: self.image.clone().unwrap_or_default(),
+            source,
+        })?;
+        let number = image.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let command = self.command_at(dir.path(), &format!("/proc/self/fd/{number}"));
         let command = match command {
             Ok(command) => command,
             Err(error) => {
@@ -156,7 +220,7 @@ impl Plan {
             cwd: self.cwd.clone(),
             dir,
             image: self.image.clone(),
-            inherit: Vec::new(),
+            inherit: image.into_iter().map(OwnedFd::from).collect(),
         })
     }
 
@@ -236,11 +300,7 @@ impl Plan {
             .any(|finding| finding.level == Level::Refusal)
         {
             findings.retain(|finding| finding.level == Level::Refusal);
-            return Err(RestoreError::CannotRun {
-                guest: self.name.clone(),
-                findings,
-            }
-            .into());
+            return Err(self.cannot_run(findings).into());
         }
         self.warnings = findings;
         Ok(())

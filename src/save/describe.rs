@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::SaveError;
 use crate::config::domain_xml::{DomainFacts, domain_xml};
+use crate::config::mapped_memory;
 use crate::config::resources::{BlockDevice, BlockFacts, BlockNode};
 use crate::config::{
     self, Arguments, ConfigError, ResourceKind, ResourceTable, RestoreContext, restore_arguments,
@@ -62,8 +63,10 @@ impl Description {
         run_state: &RunState,
         was_running: bool,
     ) -> Result<Self> {
-        let process = ProcessFacts::read(pid)?;
-        let arguments = Arguments::parse(&process.argv)?;
+        let mut process = ProcessFacts::read(pid)?;
+        let mut arguments = Arguments::parse(&process.argv)?;
+        mapped_memory::unmap(&mut arguments);
+        process.argv = arguments.write();
         let machine_type = qmp.query_machine_type()?;
         let mut resources = ResourceTable::from_arguments(&arguments, Some(&machine_type));
         resources.apply_block_facts(&block_facts(qmp)?);

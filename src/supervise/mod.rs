@@ -10,6 +10,7 @@ mod launch;
 mod list;
 mod stop;
 mod undo;
+mod verifier;
 
 pub use damage::{Damage, damage_of, freeze};
 pub use error::SuperviseError;
@@ -19,3 +20,7 @@ pub use launch::{GuestDescription, Launch, RunningGuest, launch};
 pub use list::{GuestList, describe, list};
 pub use stop::{Ended, stop};
 pub use undo::put_back;
+pub use verifier::{
+    SUBCOMMAND as VERIFIER_SUBCOMMAND, Verification, WaitingVerifier, is_being_verified,
+    start_verifier,
+};
