@@ -3,6 +3,7 @@
 //! Answers go to stdout, everything else to stderr through `Ui`. Nobody imports this module but `main`.
 
 mod completion;
+mod convert;
 mod demo;
 mod doctor;
 mod hint;
@@ -45,6 +46,7 @@ Exit codes:
 enum Command {
     Save(save::SaveArgs),
     Restore(restore::RestoreArgs),
+    Convert(convert::ConvertArgs),
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
     Repair(repair::RepairArgs),
@@ -88,6 +90,7 @@ pub fn main() -> ExitCode {
     let done = match cli.command {
         Command::Save(args) => save::run(args, &ui),
         Command::Restore(args) => restore::run(args, &ui),
+        Command::Convert(args) => convert::run(&args, &ui),
         Command::Inspect(args) => inspect::run(&args, &ui),
         Command::Verify(args) => verify::run(&args, &ui),
         Command::Repair(args) => repair::run(&args, &ui),

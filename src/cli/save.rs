@@ -90,13 +90,24 @@ Examples:
 A QEMU started by hand needs a monitor: -qmp unix:/path/to/monitor.sock,server=on,wait=off";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum LayoutArg {
+pub enum LayoutArg {
     /// Compressed; `zstd -dc` gives QEMU's stream back
     Zstd,
     /// QEMU's stream as it is; `-incoming file:IMAGE` reads it
     Raw,
     /// Each page at a place of its own, zero pages are holes: for `restore --map`. Goes to files only
     Mapped,
+}
+
+impl LayoutArg {
+    /// The layout.
+    pub fn layout(self) -> Layout {
+        match self {
+            LayoutArg::Zstd => Layout::Zstd,
+            LayoutArg::Raw => Layout::Raw,
+            LayoutArg::Mapped => Layout::Mapped,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -145,11 +156,7 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
         target: args.image.clone(),
         may_replace: args.replace,
         encoding: Encoding {
-            layout: match args.layout {
-                LayoutArg::Zstd => Layout::Zstd,
-                LayoutArg::Raw => Layout::Raw,
-                LayoutArg::Mapped => Layout::Mapped,
-            },
+            layout: args.layout.layout(),
             level: args.level,
             chunk_len: pipeline::DEFAULT_CHUNK_LEN,
             threads: args.threads.unwrap_or_else(pipeline::default_threads),

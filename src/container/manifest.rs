@@ -223,6 +223,9 @@ pub struct StreamSummary {
     /// that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capture: Option<String>,
+    /// The image digest of the image that this one was made from, if that had another stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_from: Option<String>,
     /// Members this version does not know.
     #[serde(flatten)]
     pub other: Other,

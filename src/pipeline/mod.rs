@@ -20,6 +20,7 @@ mod load;
 mod mapped;
 mod pipe;
 mod place;
+mod recode;
 mod region;
 mod sealing;
 
@@ -30,6 +31,7 @@ pub use encode::{Encoded, Encoding, encode};
 pub use mapped::MappedImage;
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
 pub use place::{Destination, Placement, place};
+pub use recode::{keeps_stream, recode};
 pub use region::StoppedBlock;
 
 use std::io;

@@ -324,6 +324,7 @@ impl Description {
             data_pages: stream.data_pages,
             zero_pages: stream.zero_pages,
             vmdescription: stream.vmdescription.is_some(),
+            made_from: None,
             capture: Some(if is_direct { "memory" } else { "migration" }.to_owned()),
             other: Default::default(),
         });

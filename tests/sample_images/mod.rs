@@ -97,6 +97,7 @@ pub fn full_manifest() -> Manifest {
             zero_pages: 3,
             vmdescription: false,
             capture: Some("migration".into()),
+            made_from: Some("cd".repeat(32)),
             other: other(),
         }),
         other: other(),
