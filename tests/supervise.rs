@@ -102,8 +102,10 @@ fn a_frozen_guest_is_marked_and_stopped_at_once() {
     };
     freeze(&dir, process, &damage).unwrap();
     assert_eq!(damage_of(&dir).unwrap(), Some(damage));
-    let state = fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap();
-    assert!(state.contains(") T "), "{state}");
+    support::wait_until("QEMU to be stopped", PATIENCE, || {
+        let state = fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap();
+        state.contains(") T ").then_some(()).ok_or(state)
+    });
     assert_eq!(list(&host.runtime).unwrap().running.len(), 1);
     let since = Instant::now();
     assert_eq!(stop(&host.runtime, "web", None).unwrap(), Ended::Frozen);
