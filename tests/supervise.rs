@@ -242,6 +242,9 @@ impl Save {
             temporary: Some(self.temporary.clone()),
             target: Some(self.target.clone()),
             temporary_identity: Some(NodeIdentity::of(&metadata)),
+            overlays: Vec::new(),
+            runs_on: false,
+            stream: None,
         };
         Guardian::start(Path::new(env!("CARGO_BIN_EXE_vmstow")), &instruction).unwrap()
     }
@@ -522,6 +525,9 @@ fn a_program_that_is_no_guardian_is_noticed() {
         temporary: None,
         target: None,
         temporary_identity: None,
+        overlays: Vec::new(),
+        runs_on: false,
+        stream: None,
     };
     for program in ["/bin/true", "/bin/echo"] {
         let started = Guardian::start(Path::new(program), &instruction);

@@ -96,6 +96,10 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
         (Some(HostError::NoQemu { .. }), ..) => {
             "install QEMU (Debian: qemu-system-x86), or name one with --qemu"
         }
+        (Some(HostError::NoQemuImg), ..) => "install it (Debian: qemu-utils)",
+        (Some(HostError::NoOverlay { words, .. }), ..) if words.contains("lock") => {
+            "end that guest, or give this one a copy of the disk with --remap disk:ID=PATH"
+        }
         (Some(HostError::NoSuchGuest { .. }), ..) => {
             "`vmstow list` shows the guests that vmstow runs"
         }
@@ -166,6 +170,13 @@ fn save_advice(error: &SaveError) -> Option<String> {
         SaveError::BeingSaved { .. } => "wait until that save has ended".to_owned(),
         SaveError::Blocked { .. } => "detach the device, save, attach it again after the restore".to_owned(),
         SaveError::NotRestorable { .. } => "start the guest without these arguments, or save it with a tool that keeps what they refer to".to_owned(),
+        SaveError::NotRunning { .. } => "let it run (QMP cont), or save it without --live".to_owned(),
+        SaveError::LiveUnknown { .. } => "save it without --live; QEMU 6.0 and later can let a guest run on".to_owned(),
+        SaveError::LiveDisks { .. } => "give --disk-snapshot: its disks stay as they are, and it goes on in overlays over them".to_owned(),
+        SaveError::NoSnapshot { .. } => "save it without --live".to_owned(),
+        SaveError::LiveRefused { .. } => "`vmstow doctor` tells of userfaultfd, which this needs; without --live the guest is stopped, which always works".to_owned(),
+        SaveError::LivePublishUnknown { .. } => "look whether the image is there and verifies".to_owned(),
+        SaveError::ThrowawayDisks { .. } => "restore the image without --throwaway; that guest can be saved".to_owned(),
         SaveError::RunState { state: crate::qmp::RunState::Postmigrate, .. } => {
             "it was migrated and its other copy may run; if not, give --from-postmigrate".to_owned()
         }
@@ -202,6 +213,12 @@ fn restore_advice(error: &RestoreError) -> Option<String> {
         RestoreError::NotStarted { source, .. } if source.to_string().contains("lock") => {
             "another QEMU uses this disk: end it, or give this guest a disk of its own with --remap disk:ID=PATH".to_owned()
         }
+        RestoreError::Clone { why, .. } => return advice(why, None),
+        RestoreError::SharedDisks { .. } => "give --throwaway, which lays an overlay over each disk".to_owned(),
+        RestoreError::UnknownFormat { disk, .. } => {
+            format!("name its file with --remap disk:{disk}=PATH, without --throwaway")
+        }
+        RestoreError::ImageReplaced => "run the command again".to_owned(),
         RestoreError::TimedOut { .. } => "give a longer --timeout".to_owned(),
         _ => return None,
     })

@@ -13,10 +13,11 @@ use super::{About, Failure, Outcome};
 use crate::config::remap::{Selector, Target};
 use crate::config::{ConfigError, Remap};
 use crate::container::{ContainerError, Manifest};
+use crate::error::Error;
 use crate::image::{self, Trust};
 use crate::pipeline::{self, PipedImage, begins_with_head};
 use crate::progress::Progress;
-use crate::restore::{self, Origin, Plan, RestoreReport, RestoreRequest};
+use crate::restore::{self, Origin, Plan, RestoreError, RestoreReport, RestoreRequest};
 use crate::store::{Location, StoreError};
 use crate::supervise::RunningGuest;
 use crate::units::FileOffset;
@@ -58,8 +59,22 @@ pub struct RestoreArgs {
     #[arg(long)]
     accept_changed_disks: bool,
 
-    /// Stay, and end the guest with Ctrl-C
+    /// Let the guest write to overlays that end with it, never to its disks
     #[arg(long)]
+    throwaway: bool,
+
+    /// Where the overlays go [default: $VMSTOW_OVERLAY_DIR, else /var/tmp/vmstow-UID]
+    #[arg(long, value_name = "DIR", requires = "throwaway")]
+    overlay_dir: Option<PathBuf>,
+
+    /// Make N guests of the image, NAME-1 to NAME-N, each with sockets and an isolated network of its own
+    ///
+    /// All see what the saved guest saw: MAC, UUID and all else. Needs --throwaway if the guest writes to disks.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    count: Option<u32>,
+
+    /// Stay, and end the guest with Ctrl-C
+    #[arg(long, conflicts_with = "count")]
     foreground: bool,
 
     /// Only check, and say what stands against a restore
@@ -83,6 +98,7 @@ const EXAMPLES: &str = "\
 Examples:
   vmstow restore web01.stow
   vmstow restore web01.stow --remap disk:disk0=/srv/web01.qcow2 --remap net:net0=user
+  vmstow restore web01.stow --throwaway --count 4
   ssh host cat web01.stow | vmstow restore - --trust";
 
 fn remap(text: &str) -> Result<Remap, String> {
@@ -101,6 +117,10 @@ fn remap(text: &str) -> Result<Remap, String> {
 
 /// Restores, or says what a restore would do.
 pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
+    let threads = args.threads.unwrap_or_else(pipeline::default_threads);
+    let at_once = args.count.map_or(1, |count| {
+        pipeline::default_threads().min(usize::try_from(count).unwrap_or(1))
+    });
     let request = RestoreRequest {
         image: args.image.clone(),
         qemu: args.qemu,
@@ -109,16 +129,28 @@ pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
         remaps: args.remaps,
         trust: args.trust,
         accept_changed_disks: args.accept_changed_disks,
-        threads: args.threads.unwrap_or_else(pipeline::default_threads),
+        throwaway: args.throwaway,
+        overlay_dir: args.overlay_dir,
+        clones: args.count,
+        threads: (threads / at_once).max(1),
         timeout: Duration::from_secs(args.timeout),
     };
+    if args.count.is_some() && args.image == Location::Pipe {
+        return Err(RestoreError::ClonesOfPipe.into());
+    }
     let (manifest, trust, origin) = origin(&args.image, request.trust, ui)?;
     let plan = Plan::check(manifest, &trust, &request).about(&args.image)?;
+    if args.print_command || args.dry_run {
+        plan.notes().iter().for_each(|note| ui.note(note));
+    }
     for warning in plan.warnings() {
         ui.warn(&format!("{} [{}]", warning.fact, warning.code));
     }
     if args.print_command || args.dry_run {
         return print_plan(&plan, args.print_command, ui);
+    }
+    if let Some(count) = args.count {
+        return make_clones(&plan, &origin, count, ui).about(&args.image);
     }
     let (report, guest) = restore::restore(&plan, origin, ui).about(&args.image)?;
     ui.answer(&report, restored)?;
@@ -165,6 +197,30 @@ fn origin(
     let manifest = opened.image().manifest().about(location)?;
     let trust = Trust::of(opened.image()).about(location)?;
     Ok((manifest, trust, Origin::Image(Box::new(opened))))
+}
+
+/// Restores clones, which run on in the background.
+fn make_clones(
+    plan: &Plan,
+    origin: &Origin<BufReader<Stdin>>,
+    count: u32,
+    ui: &Ui,
+) -> Result<ExitCode, Error> {
+    let Origin::Image(image) = origin else {
+        return Err(RestoreError::ClonesOfPipe.into());
+    };
+    let count = usize::try_from(count).unwrap_or(usize::MAX);
+    let (reports, guests): (Vec<_>, Vec<_>) = restore::restore_clones(plan, image, count, ui)?
+        .into_iter()
+        .unzip();
+    ui.answer(&json!({ "guests": reports }), |_| {
+        reports.iter().map(restored).collect()
+    })?;
+    for note in plan.notes() {
+        ui.note(note);
+    }
+    guests.into_iter().for_each(|guest| drop(guest.keep()));
+    Ok(ExitCode::SUCCESS)
 }
 
 fn print_plan(plan: &Plan, with_command: bool, ui: &Ui) -> Outcome {

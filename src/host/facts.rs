@@ -176,12 +176,16 @@ fn is_read_write(path: &str) -> bool {
 /// # Errors
 /// [`HostError::NoQemu`] if there is none.
 pub fn find_qemu() -> Result<PathBuf, HostError> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let mut candidates = env::split_paths(&path).map(|directory| directory.join(QEMU_BINARY));
-    let found = candidates.find(|candidate| is_program(candidate));
-    found.ok_or_else(|| HostError::NoQemu {
+    find_program(QEMU_BINARY).ok_or_else(|| HostError::NoQemu {
         binary: QEMU_BINARY.to_owned(),
     })
+}
+
+/// The first program of that name in `PATH`.
+pub(super) fn find_program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut candidates = env::split_paths(&path).map(|directory| directory.join(name));
+    candidates.find(|candidate| is_program(candidate))
 }
 
 fn is_program(path: &Path) -> bool {

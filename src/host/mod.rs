@@ -9,6 +9,7 @@ mod error;
 mod facts;
 mod memory;
 mod monitor;
+mod overlays;
 mod process;
 mod process_memory;
 mod runtime;
@@ -20,6 +21,7 @@ pub use facts::{
 };
 pub use memory::{available_memory, resident_bytes};
 pub use monitor::{Monitor, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets};
-pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock};
+pub use overlays::{OverlayRoot, Overlays, is_throwaway};
+pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock, has_userfaultfd};
 pub use process_memory::{Backing, MOST_SLICES, ProcessMemory};
 pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};

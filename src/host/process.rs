@@ -93,6 +93,17 @@ impl ProcessId {
     }
 }
 
+/// Whether a process has a userfaultfd: QEMU while it watches what the guest writes. `None` if we may not look.
+pub fn has_userfaultfd(pid: i32) -> Option<bool> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    let targets = fds.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    Some(
+        targets
+            .into_iter()
+            .any(|target| target.to_string_lossy().contains("[userfaultfd]")),
+    )
+}
+
 /// Says to others who ask that somebody has begun something with a process; ends with this value or its process.
 #[derive(Debug)]
 pub struct ProcessLock {

@@ -74,12 +74,36 @@ impl RuntimeDir {
         let mut number = 1_u32;
         loop {
             let guest = self.guest_dir(&numbered(name, number));
-            check_socket_path(&guest.qmp_socket())?;
-            match DirBuilder::new().mode(0o700).create(&guest.path) {
-                Ok(()) => return Ok(guest),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
-                Err(error) => return Err(failed("create", &guest.path)(error)),
+            match self.make(guest)? {
+                Some(guest) => return Ok(guest),
+                None => number += 1,
             }
+        }
+    }
+
+    /// Makes the directory of a clone: `NAME-1`, or with the next number that is free.
+    ///
+    /// # Errors
+    /// As [`RuntimeDir::create_guest`].
+    pub fn create_clone(&self, name: &str) -> Result<GuestDir, HostError> {
+        check_name(name)?;
+        let mut number = 1_u32;
+        loop {
+            let guest = self.guest_dir(&suffixed(name, number));
+            match self.make(guest)? {
+                Some(guest) => return Ok(guest),
+                None => number += 1,
+            }
+        }
+    }
+
+    /// Makes this directory; `None` if it is there.
+    fn make(&self, guest: GuestDir) -> Result<Option<GuestDir>, HostError> {
+        check_socket_path(&guest.qmp_socket())?;
+        match DirBuilder::new().mode(0o700).create(&guest.path) {
+            Ok(()) => Ok(Some(guest)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
+            Err(error) => Err(failed("create", &guest.path)(error)),
         }
     }
 
@@ -147,8 +171,14 @@ impl GuestDir {
         self.path.join("guest.json")
     }
 
-    /// Removes the directory and all in it; that it is gone already is no error.
+    /// Where the directory of its throwaway overlays is named, if it has any.
+    pub fn overlays(&self) -> PathBuf {
+        self.path.join("overlays")
+    }
+
+    /// Removes the directory and all in it, and the guest's throwaway overlays; that they are gone already is no error.
     pub fn remove(&self) -> Result<(), HostError> {
+        super::overlays::remove_of(self)?;
         match fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(failed("remove", &self.path)(error))
@@ -183,9 +213,13 @@ pub fn sanitise_name(text: &str) -> String {
 
 /// The name for the `number`-th guest of that name, no longer than a name may be.
 fn numbered(name: &str, number: u32) -> String {
-    if number == 1 {
-        return name.to_owned();
+    match number {
+        1 => name.to_owned(),
+        _ => suffixed(name, number),
     }
+}
+
+fn suffixed(name: &str, number: u32) -> String {
     let suffix = format!("-{number}");
     let room = NAME_LIMIT - suffix.len();
     format!("{}{suffix}", name.get(..room).unwrap_or(name))
@@ -210,7 +244,7 @@ fn check_socket_path(path: &Path) -> Result<(), HostError> {
     }
 }
 
-fn check_is_ours(path: &Path) -> Result<(), HostError> {
+pub(super) fn check_is_ours(path: &Path) -> Result<(), HostError> {
     let metadata = fs::symlink_metadata(path).map_err(failed("read", path))?;
     let mode = metadata.permissions().mode() & 0o7777;
     let problem = if !metadata.is_dir() {
@@ -228,7 +262,7 @@ fn check_is_ours(path: &Path) -> Result<(), HostError> {
     })
 }
 
-fn failed(act: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HostError {
+pub(super) fn failed(act: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HostError {
     let path = path.to_owned();
     move |source| HostError::File { act, path, source }
 }
@@ -256,6 +290,14 @@ mod tests {
         ));
         assert_eq!(runtime.guests().unwrap().len(), 2);
         assert_eq!(runtime.create_guest("web").unwrap().name(), "web-2");
+    }
+
+    #[test]
+    fn clones_are_counted_from_one() {
+        let (_dir, runtime) = runtime();
+        runtime.create_guest("web-2").unwrap();
+        let names = [(); 3].map(|()| runtime.create_clone("web").unwrap().name().to_owned());
+        assert_eq!(names, ["web-1", "web-3", "web-4"]);
     }
 
     #[test]

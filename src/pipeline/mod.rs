@@ -6,9 +6,10 @@
 //! themselves and the caller gets the rest.
 //!
 //! Memory is at most `8 × threads + 3` buffers of one chunk each way, and of what is made of them, whatever the guest's
-//! size. The first error stops all
-//! threads and is the one reported. The number of threads never changes a byte of the image.
+//! size; of a guest that runs on [`LIVE_BUFFER_LEN`] bytes more, for it waits while its stream is not read. The first error
+//! stops all threads and is the one reported. The number of threads never changes a byte of the image.
 
+mod beside;
 mod capture;
 mod check;
 mod chunker;
@@ -22,10 +23,11 @@ mod place;
 mod region;
 mod sealing;
 
+pub use beside::{beside, side_by_side};
 pub use capture::{StoppedGuestMemory, capture};
 pub use check::{Checked, check};
 pub use decode::{decode, examine};
-pub use encode::{Encoded, Encoding, encode};
+pub use encode::{Encoded, Encoding, LIVE_BUFFER_LEN, encode, encode_live};
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
 pub use place::{Destination, Placement, place};
 pub use region::StoppedBlock;

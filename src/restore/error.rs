@@ -38,6 +38,42 @@ pub enum RestoreError {
         /// Every reason and every warning.
         findings: Vec<Finding>,
     },
+    /// Clones would write to the same disks.
+    #[error("{guest} cannot be cloned: its clones would all write to {}", disks.join(" and "))]
+    SharedDisks {
+        /// The guest.
+        guest: String,
+        /// Its disks, quoted.
+        disks: Vec<String>,
+    },
+    /// Nothing tells the format of a disk's file, and the file itself is not asked: the guest wrote it.
+    #[error("{guest} was not restored: nothing tells the format of its disk {disk:?}")]
+    UnknownFormat {
+        /// The guest.
+        guest: String,
+        /// The disk.
+        disk: String,
+    },
+    /// One of several clones could not be restored.
+    #[error("clone {number} of {count} of {guest} was not restored; no clone is left")]
+    Clone {
+        /// The guest.
+        guest: String,
+        /// Which clone, from 1.
+        number: usize,
+        /// How many were asked for.
+        count: usize,
+        /// Why.
+        why: Error,
+    },
+    /// Each clone reads the image for itself.
+    #[error(
+        "clones are made of an image that lies in a file, not of one that comes through a pipe"
+    )]
+    ClonesOfPipe,
+    /// The image is not the one any more from which the clones before were made.
+    #[error("the image was replaced while clones were made of it")]
+    ImageReplaced,
     /// The working directory that the guest's relative paths start from is not there.
     #[error("the directory {} is missing, from which the paths of {guest} start", path.display())]
     NoDirectory {
@@ -102,7 +138,10 @@ impl Blame for RestoreError {
     fn kind(&self) -> ErrorKind {
         match self {
             RestoreError::Untrusted { .. } => ErrorKind::Trust,
-            RestoreError::NameTaken { .. } => ErrorKind::Usage,
+            RestoreError::NameTaken { .. }
+            | RestoreError::SharedDisks { .. }
+            | RestoreError::ClonesOfPipe => ErrorKind::Usage,
+            RestoreError::Clone { why, .. } => why.kind(),
             RestoreError::NotAStream | RestoreError::HeadDiffers { .. } => ErrorKind::Image,
             RestoreError::Damaged { why, .. } => why.kind(),
             _ => ErrorKind::Host,
@@ -115,6 +154,7 @@ impl Blame for RestoreError {
                 Some(at) => Some(format!("{at}, {pages}")),
                 None => Some(pages.clone()),
             },
+            RestoreError::Clone { why, .. } => why.at(),
             _ => None,
         }
     }
@@ -126,6 +166,13 @@ impl Blame for RestoreError {
                 .iter()
                 .map(|finding| format!("{} [{}]", finding.fact, finding.code))
                 .collect(),
+            RestoreError::Clone { why, .. } => {
+                let causes = why.causes().map(ToString::to_string);
+                std::iter::once(why.to_string())
+                    .chain(why.facts())
+                    .chain(causes)
+                    .collect()
+            }
             RestoreError::QemuGaveUp { words, .. } if !words.is_empty() => vec![words.clone()],
             _ => Vec::new(),
         }

@@ -13,6 +13,7 @@
 //! killed; the image stays as it is.
 
 mod check;
+mod clones;
 mod error;
 mod incoming;
 mod placing;
@@ -24,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+pub use clones::restore_clones;
 pub use error::RestoreError;
 use incoming::Given;
 pub use incoming::Way;
@@ -56,7 +58,13 @@ pub struct RestoreRequest {
     pub trust: bool,
     /// Whether a disk that cannot be proven unchanged is accepted even if it certainly changed.
     pub accept_changed_disks: bool,
-    /// Workers.
+    /// Whether the guest writes to throwaway overlays instead of its disks.
+    pub throwaway: bool,
+    /// The directory for these overlays instead of the usual one.
+    pub overlay_dir: Option<PathBuf>,
+    /// How many clones are made of the image; `None` if the guest itself is restored.
+    pub clones: Option<u32>,
+    /// Workers, of each guest.
     pub threads: usize,
     /// The longest QEMU may take to load the stream once it has all of it.
     pub timeout: Duration,

@@ -7,15 +7,27 @@ use super::check;
 use super::{RestoreError, RestoreRequest};
 use crate::config::compat::{Finding, Level};
 use crate::config::foreign::{foreign, open_networks};
-use crate::config::remap::block_graph_remaps;
+use crate::config::overlay::{self, WritableDisk, is_writable_disk, writable_disks};
+use crate::config::remap::{Selector, Target, block_graph_remaps};
 use crate::config::{
-    Arguments, Remap, Resource, ResourceKind, ResourceTable, RestoreContext, restore_arguments,
+    Arguments, ConfigError, Isolated, Remap, Resource, ResourceKind, ResourceTable, RestoreContext,
+    isolate, restore_arguments,
 };
 use crate::container::Manifest;
 use crate::error::Result;
-use crate::host::{GuestDir, HostError, QemuFacts, RuntimeDir, find_qemu, is_name, sanitise_name};
+use crate::host::{
+    GuestDir, HostError, OverlayRoot, QemuFacts, RuntimeDir, find_qemu, is_name, sanitise_name,
+};
 use crate::image::Trust;
 use crate::supervise::{self, Launch};
+
+/// A file below a throwaway overlay.
+struct Base {
+    disk: WritableDisk,
+    format: String,
+    /// The overlay's name.
+    name: String,
+}
 
 /// A guest that can be restored here.
 pub struct Plan {
@@ -26,6 +38,11 @@ pub struct Plan {
     cwd: PathBuf,
     kept: Arguments,
     remaps: Vec<Remap>,
+    /// Where the guest's throwaway overlays go, and over what; `None` if it writes to its own disks.
+    throwaway: Option<(OverlayRoot, Vec<Base>)>,
+    /// For clones, which get backends of their own: the user's remaps.
+    isolation: Option<Vec<Remap>>,
+    notes: Vec<String>,
     warnings: Vec<Finding>,
     accept_changed_disks: bool,
     runs_on: bool,
@@ -42,7 +59,7 @@ impl Plan {
         if let Some(name) = request.name.as_ref().filter(|name| !is_name(name)) {
             return Err(HostError::BadName { name: name.clone() }.into());
         }
-        if let Some(name) = &request.name {
+        if let (Some(name), None) = (&request.name, request.clones) {
             refuse_taken(name)?;
         }
         let name = request
@@ -73,6 +90,9 @@ impl Plan {
             },
             kept,
             remaps,
+            throwaway: None,
+            isolation: request.clones.map(|_| request.remaps.clone()),
+            notes: Vec::new(),
             warnings: Vec::new(),
             accept_changed_disks: request.accept_changed_disks,
             runs_on: manifest.guest.was_running && !request.paused,
@@ -80,11 +100,12 @@ impl Plan {
             timeout: request.timeout,
             manifest,
         };
-        let arguments = plan.arguments_at(Path::new("/nonexistent"))?;
+        let arguments = plan.arguments_at(Path::new("/nonexistent"), &[])?;
         if !is_trusted {
             plan.refuse_foreign_resources(&arguments, trust, request)?;
         }
-        plan.refuse_what_cannot_run(&arguments)?;
+        plan.look_at_disks(&arguments, request)?;
+        plan.refuse_what_cannot_run(&arguments, request.clones.unwrap_or(1))?;
         Ok(plan)
     }
 
@@ -113,28 +134,69 @@ impl Plan {
         &self.warnings
     }
 
-    /// The QEMU command that a restore would run; the runtime directory stands in it as it would be named.
-    pub fn command(&self) -> Result<Vec<String>> {
-        let directory = RuntimeDir::open()?.path().join(sanitise_name(&self.name));
-        self.command_at(&directory)
+    /// What of a clone is not as the saved guest had it, a sentence each.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
-    fn command_at(&self, directory: &Path) -> Result<Vec<String>> {
-        let mut command = self.arguments_at(directory)?;
+    /// The QEMU command that a restore would run; the runtime directory stands in it as it would be named.
+    pub fn command(&self) -> Result<Vec<String>> {
+        let name = match &self.isolation {
+            Some(_) => format!("{}-1", sanitise_name(&self.name)),
+            None => sanitise_name(&self.name),
+        };
+        let overlays = match &self.throwaway {
+            Some((root, bases)) => {
+                let directory = root.path().join(&name);
+                let bases = bases.iter();
+                bases
+                    .map(|base| base.remap(&directory.join(&base.name)))
+                    .collect()
+            }
+            None => Vec::new(),
+        };
+        self.command_at(&RuntimeDir::open()?.path().join(name), &overlays)
+    }
+
+    fn command_at(&self, directory: &Path, overlays: &[Remap]) -> Result<Vec<String>> {
+        let mut command = self.arguments_at(directory, overlays)?;
         if let Some(program) = command.first_mut() {
             *program = self.qemu.path.display().to_string();
         }
         Ok(command)
     }
 
-    fn arguments_at(&self, directory: &Path) -> Result<Vec<String>> {
+    fn arguments_at(&self, directory: &Path, overlays: &[Remap]) -> Result<Vec<String>> {
+        let isolated = self.isolated_at(directory)?;
+        let own_name = directory.file_name().map(|name| name.display().to_string());
         let context = RestoreContext {
             machine_type: self.manifest.machine.machine_type.clone(),
             qmp_socket: directory.join("qmp.sock").display().to_string(),
             log_dir: directory.display().to_string(),
-            name: self.name.clone(),
+            name: match &isolated {
+                Some(_) => own_name.unwrap_or_default(),
+                None => self.name.clone(),
+            },
         };
-        Ok(restore_arguments(&self.kept, &context, &self.remaps)?)
+        let kept = isolated.as_ref().map_or(&self.kept, |it| &it.arguments);
+        let remaps = [&self.remaps, overlays].concat();
+        Ok(restore_arguments(kept, &context, &remaps)?)
+    }
+
+    /// The kept arguments for a clone with this directory; `None` for a guest that is no clone.
+    fn isolated_at(&self, directory: &Path) -> Result<Option<Isolated>> {
+        let Some(remaps) = &self.isolation else {
+            return Ok(None);
+        };
+        let machine_type = &self.manifest.machine.machine_type;
+        let is_named = |one: &Resource| remaps.iter().any(|remap| remap.selects(one));
+        let directory = directory.display().to_string();
+        Ok(Some(isolate(
+            &self.kept,
+            machine_type,
+            &directory,
+            &is_named,
+        )?))
     }
 
     /// Makes the guest's runtime directory and says what to start in it.
@@ -142,8 +204,14 @@ impl Plan {
         let runtime = RuntimeDir::open()?;
         // What guests that ended left behind must not take their names; that it cannot be removed harms nobody.
         let _ = supervise::list(&runtime);
-        let dir: GuestDir = runtime.create_guest(&sanitise_name(&self.name))?;
-        let command = self.command_at(dir.path());
+        let name = sanitise_name(&self.name);
+        let dir = match &self.isolation {
+            Some(_) => runtime.create_clone(&name)?,
+            None => runtime.create_guest(&name)?,
+        };
+        let command = self
+            .make_overlays(&dir)
+            .and_then(|overlays| self.command_at(dir.path(), &overlays));
         let command = match command {
             Ok(command) => command,
             Err(error) => {
@@ -160,6 +228,68 @@ impl Plan {
         })
     }
 
+    /// Lays an overlay over each disk that the guest may write to, if it shall not write to its own; these remaps put
+    /// them in their places.
+    fn make_overlays(&self, dir: &GuestDir) -> Result<Vec<Remap>> {
+        let Some((root, bases)) = &self.throwaway else {
+            return Ok(Vec::new());
+        };
+        let overlays = root.create(dir)?;
+        let mut remaps = Vec::with_capacity(bases.len());
+        for base in bases {
+            let path = self.cwd.join(&base.disk.path);
+            let overlay = overlays.make(&base.name, &path, &base.format)?;
+            remaps.push(base.remap(&overlay));
+        }
+        Ok(remaps)
+    }
+
+    /// Finds what throwaway overlays have to be laid over, and refuses clones without them that would share a disk.
+    fn look_at_disks(&mut self, arguments: &[String], request: &RestoreRequest) -> Result<()> {
+        if let Some(isolated) = self.isolated_at(Path::new("/nonexistent"))? {
+            self.notes = isolated.notes;
+        }
+        let machine_type = &self.manifest.machine.machine_type;
+        let arguments = Arguments::parse(arguments)?;
+        if !request.throwaway {
+            let table = ResourceTable::from_arguments(&arguments, Some(machine_type));
+            let disks = table.resources.iter().filter(|one| is_writable_disk(one));
+            let disks = disks.filter(|one| one.backend.kind != "empty");
+            let disks: Vec<String> = disks.map(|one| format!("{:?}", one.id)).collect();
+            return match request.clones.is_some() && !disks.is_empty() {
+                true => Err(RestoreError::SharedDisks {
+                    guest: self.name.clone(),
+                    disks,
+                }
+                .into()),
+                false => Ok(()),
+            };
+        }
+        let root = OverlayRoot::find(request.overlay_dir.as_deref())?;
+        let disks = writable_disks(&arguments, machine_type)
+            .map_err(|reasons| ConfigError::Refused { reasons })?;
+        let saved = resource_table(&self.manifest);
+        let bases = (0..).zip(disks).map(|(number, disk): (u32, WritableDisk)| {
+            let format = disk.format.clone().or_else(|| {
+                let saved = saved.find(disk.kind, &disk.id)?;
+                saved.backend.format.clone()
+            });
+            match format {
+                Some(format) => Ok(Base {
+                    name: format!("{}-{number}.{}", sanitise_name(&disk.id), overlay::FORMAT),
+                    disk,
+                    format,
+                }),
+                None => Err(RestoreError::UnknownFormat {
+                    guest: self.name.clone(),
+                    disk: disk.id,
+                }),
+            }
+        });
+        self.throwaway = Some((root, bases.collect::<Result<_, _>>()?));
+        Ok(())
+    }
+
     /// Holds the final manifest of an image that came through a pipe against the provisional one, with which QEMU was
     /// started, and its disks against this host.
     pub(super) fn confirm(&self, manifest: Manifest) -> Result<()> {
@@ -169,7 +299,8 @@ impl Plan {
         {
             return Err(RestoreError::HeadDiffers { guest }.into());
         }
-        let needs = check::needs(&manifest, &self.arguments_at(Path::new("/nonexistent"))?)?;
+        let arguments = self.arguments_at(Path::new("/nonexistent"), &[])?;
+        let needs = check::needs(&manifest, &arguments)?;
         let facts = check::host_facts(&self.qemu, &needs, &self.cwd);
         let mut findings = crate::config::compat::check(&needs, &facts);
         findings.retain(|finding| match finding.code {
@@ -215,8 +346,15 @@ impl Plan {
         .into())
     }
 
-    fn refuse_what_cannot_run(&mut self, arguments: &[String]) -> Result<()> {
-        let needs = check::needs(&self.manifest, arguments)?;
+    fn refuse_what_cannot_run(&mut self, arguments: &[String], count: u32) -> Result<()> {
+        let mut needs = check::needs(&self.manifest, arguments)?;
+        needs.memory_bytes = needs.memory_bytes.saturating_mul(count.into());
+        if self.throwaway.is_some() {
+            // Below an overlay they are only read.
+            let disks = needs.resources.resources.iter_mut();
+            let disks = disks.filter(|one| is_writable_disk(one));
+            disks.for_each(|disk| disk.read_only = true);
+        }
         let facts = check::host_facts(&self.qemu, &needs, &self.cwd);
         let mut findings = crate::config::compat::check(&needs, &facts);
         if self.accept_changed_disks {
@@ -244,6 +382,16 @@ impl Plan {
         }
         self.warnings = findings;
         Ok(())
+    }
+}
+
+impl Base {
+    fn remap(&self, overlay: &Path) -> Remap {
+        Remap {
+            kind: self.disk.kind,
+            selector: Selector::Id(self.disk.id.clone()),
+            target: Target::Overlay(overlay.display().to_string()),
+        }
     }
 }
 

@@ -84,6 +84,12 @@ pub enum SuperviseError {
         /// How long we waited.
         waited: Duration,
     },
+    /// QEMU does not give up its watch over the guest's memory.
+    #[error("QEMU still watches the guest's memory, {:.0} s after its migration ended", waited.as_secs_f64())]
+    WatchStuck {
+        /// How long we waited.
+        waited: Duration,
+    },
     /// `cont` was accepted, yet the guest does not run.
     #[error("the guest does not run again: it is {state}")]
     NotRunning {

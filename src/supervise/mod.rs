@@ -16,4 +16,4 @@ pub use guardian::{Guardian, GuardianInstruction, NodeIdentity, SUBCOMMAND, Then
 pub use launch::{GuestDescription, Launch, RunningGuest, launch};
 pub use list::{GuestList, describe, list};
 pub use stop::{Ended, stop};
-pub use undo::put_back;
+pub use undo::{put_back, put_back_live, while_draining};

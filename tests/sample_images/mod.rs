@@ -37,6 +37,7 @@ pub fn full_manifest() -> Manifest {
             uuid: IDENTITY.guest_uuid,
             run_state: "running".into(),
             was_running: true,
+            ran_on: false,
             other: other(),
         },
         qemu: Qemu {

@@ -69,6 +69,7 @@ impl TestDir {
             .current_dir(self.path())
             .env("VMSTOW_RUNTIME_DIR", self.join("run"))
             .env("XDG_RUNTIME_DIR", self.join("run"))
+            .env("VMSTOW_OVERLAY_DIR", self.join("overlays"))
             .env("XDG_STATE_HOME", self.join("state"))
             .env("XDG_CONFIG_HOME", self.join("config"))
             .env("NO_COLOR", "1");

@@ -30,7 +30,7 @@ mod restored;
 mod serial;
 mod wait;
 
-pub use assets::{Qemu, linux_initrd, linux_kernel};
+pub use assets::{Qemu, linux_initrd, linux_kernel, testdata};
 pub use before::{Before, Settings, wait_for_silence};
 pub use dir::{TestDir, flip_bit};
 pub use guest::{Guest, GuestSpec, Kind, SerialPort};
