@@ -268,7 +268,15 @@ fn dry_run(plan: &PlanReport) -> String {
     for reason in &plan.not_restorable {
         row("blocked", reason);
     }
-    if plan.blockers.is_empty() && plan.not_restorable.is_empty() {
+    for disk in &plan.throwaway_disks {
+        let disk = disk.display();
+        row(
+            "blocked",
+            &format!("{disk} ends with its QEMU: the guest was restored with --throwaway"),
+        );
+    }
+    let reasons = plan.blockers.len() + plan.not_restorable.len() + plan.throwaway_disks.len();
+    if reasons == 0 {
         row("blocked", "by nothing");
     }
     text

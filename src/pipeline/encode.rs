@@ -49,7 +49,7 @@ const MAX_CHUNKS: u64 = 1 << 19;
 const MAX_CHUNK_LEN: usize = 8 << 20;
 
 /// Bytes of a running guest's stream that wait for workers, besides what [`encode()`] keeps.
-pub const LIVE_BUFFER_LEN: usize = 64 << 20;
+pub const LIVE_BUFFER_LEN: usize = 32 << 20;
 
 /// What a stream turned out to hold.
 pub struct Encoded {
