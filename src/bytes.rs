@@ -1,7 +1,8 @@
 //! Where bytes are read from and written to, as the formats see it.
 //!
 //! [`ReadAt`] is a positioned reader over something of known length, [`Sink`] an append-only writer whose result
-//! appears under its name only when it is published. Files, pipes and memory implement them in `store` and in tests.
+//! appears under its name only when it is published, [`WriteAt`] its positioned side, which files have and pipes lack.
+//! Files, pipes and memory implement them in `store` and in tests.
 
 use std::io;
 
@@ -20,6 +21,29 @@ pub trait ReadAt: Send + Sync {
     /// # Errors
     /// `UnexpectedEof` if fewer than `buf.len()` bytes lie there; whatever the source says otherwise.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// The first place from `offset` on where a byte may lie that is not zero; its length if there is none.
+    ///
+    /// # Errors
+    /// Whatever the source says.
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        Ok(offset)
+    }
+}
+
+/// Writes and reads at any place of something under construction, by any thread. What was never written is zero.
+pub trait WriteAt: Send + Sync {
+    /// Writes all of `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// Whatever the target says.
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Fills `buf` with what was written at `offset`; the last of it must have been written.
+    ///
+    /// # Errors
+    /// Whatever the target says.
+    fn read_back_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
 }
 
 /// Appends that become visible together.
@@ -32,6 +56,21 @@ pub trait Sink: Send {
     /// # Errors
     /// Whatever the target says; after an error the sink can only be dropped.
     fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Where bytes can be written at places of their own before anything is appended; `None` if they can only follow
+    /// each other.
+    fn places(&self) -> Option<&dyn WriteAt> {
+        None
+    }
+
+    /// Goes on appending at `offset`, behind what was written at places of its own.
+    ///
+    /// # Errors
+    /// `Unsupported` where there are no [`Sink::places`]; whatever the target says otherwise.
+    fn append_from(&mut self, offset: u64) -> io::Result<()> {
+        let _ = offset;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Makes all that was appended durable.
     ///
@@ -88,6 +127,10 @@ impl<R: ReadAt + ?Sized> ReadAt for std::sync::Arc<R> {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         (**self).read_exact_at(buf, offset)
     }
+
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        (**self).next_data(offset)
+    }
 }
 
 impl<R: ReadAt + ?Sized> ReadAt for &R {
@@ -97,6 +140,10 @@ impl<R: ReadAt + ?Sized> ReadAt for &R {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         (**self).read_exact_at(buf, offset)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        (**self).next_data(offset)
     }
 }
 

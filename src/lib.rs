@@ -35,6 +35,7 @@ pub mod image;
 pub mod pipeline;
 pub mod supervise;
 
+pub mod convert;
 pub mod inspect;
 pub mod restore;
 pub mod save;

@@ -39,7 +39,7 @@ fn state_of(path: &Path) -> State {
     let (mut pages, mut devices_at, mut at) = (BTreeMap::new(), None, 0);
     while let Some(element) = parser.next(&stream[at..]).unwrap() {
         match element.event {
-            Event::Framing => {}
+            Event::Framing | Event::MappedBlock { .. } => {}
             Event::Page {
                 block,
                 page,

@@ -114,6 +114,9 @@ resources: disk disk0 (virtio-blk-pci): */web01.img
     image: * MiB, layout zstd, format 1, generation 1, * chunks
    digest: *
     trust: it is signed by vmstow@* (SHA256:*)
+  restore: eager
+           --lazy
+           not --map: its layout is zstd
 ",
     );
 }
@@ -457,14 +460,16 @@ error: no guest named web01 runs here
 #[test]
 fn a_disk_that_another_guest_uses() {
     let dir = TestDir::new();
-    let guest = Guest::start(&dir, GuestSpec::default().named("web01"));
+    let mut guest = Guest::start(&dir, GuestSpec::default().named("web01"));
     guest.serial().wait_for_tick(3);
-    dir.json(&["save", &guest.source(), "web01.stow", "--then", "resume"]);
+    dir.json(&["save", &guest.source(), "web01.stow"]);
+    guest.wait_for_exit();
+    let _first = dir.restore(&["web01.stow"]);
     let said = dir.refused(4, &["restore", "web01.stow", "--accept-changed-disks"]);
     assert_reads(
         &said,
         "\
-error: QEMU does not let web01 run, which was not restored; its image is as it was
+error: QEMU does not let web01-2 run, which was not restored; its image is as it was
   why: QEMU refused cont: GenericError: Failed to get \"write\" lock
   try: another QEMU uses this disk: end it, or give this guest a disk of its own with --remap disk:ID=PATH
 ",

@@ -491,6 +491,7 @@ fn what_a_host_lacks_is_told_at_once() {
         memory_bytes: 1 << 30,
         resources: table(Q35_JSON, "pc-q35-10.1"),
         fingerprints: Default::default(),
+        drifted: Default::default(),
     };
     let host = HostFacts {
         qemu_path: "qemu-system-x86_64".into(),

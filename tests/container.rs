@@ -16,7 +16,7 @@ use sample_images::{
 };
 use vmstow::container::{
     ContainerError, Edit, Head, Image, ImageWriter, Layout, Manifest, SectionType, layout,
-    parse_head,
+    parse_head, working_set_payload,
 };
 use vmstow::digest::{Digest, crc32c};
 use vmstow::error::{Blame, ErrorKind};
@@ -56,6 +56,20 @@ fn largest_allocation<T>(act: impl FnOnce() -> T) -> (T, usize) {
 fn with_two_generations(layout: Layout) -> Vec<u8> {
     let mut file = small_image(layout);
     edit(&mut file, "<domain/>");
+    file
+}
+
+/// With the chunks that a guest needed first.
+fn with_working_set(layout: Layout) -> Vec<u8> {
+    let mut file = small_image(layout);
+    let before = file.clone();
+    let image = Image::open(before.as_slice()).unwrap();
+    let mut appended = Edit::begin(&image, &mut file).unwrap();
+    let working_set = working_set_payload(&[ChunkIndex(0)]);
+    appended
+        .replace(SectionType::WorkingSet, &working_set)
+        .unwrap();
+    appended.finish().unwrap();
     file
 }
 
@@ -361,7 +375,11 @@ fn a_damaged_chunk_is_named_and_placed() {
 #[test]
 fn hostile_fields_with_right_checksums_are_refused() {
     for layout in Layout::ALL {
-        for file in [small_image(layout), with_two_generations(layout)] {
+        for file in [
+            small_image(layout),
+            with_two_generations(layout),
+            with_working_set(layout),
+        ] {
             for structure in layout::TABLES {
                 for (name, position) in structure.fields {
                     for value in hostile_values(position.len()) {
@@ -448,6 +466,8 @@ fn places(forger: &Forger, structure: &str) -> Vec<usize> {
         "directory_entry" => vec![forger.directory + 40 + 64],
         "footer" => vec![forger.footer],
         "signature" => vec![forger.start_of(SectionType::Signature)],
+        "working_set" if !has(SectionType::WorkingSet) => vec![],
+        "working_set" => vec![forger.start_of(SectionType::WorkingSet)],
         other => panic!("where is {other}?"),
     }
 }
@@ -581,7 +601,7 @@ fn an_unknown_section_is_kept_through_an_edit_unless_it_is_critical() {
     let image = Image::open(before.as_slice()).unwrap();
     let mut appended = Edit::begin(&image, &mut file).unwrap();
     appended
-        .add(SectionType::Other(*b"WSET"), b"working set")
+        .add(SectionType::Other(*b"NOTE"), b"some note..")
         .unwrap();
     appended.finish().unwrap();
     edit(&mut file, "<domain/>");
@@ -589,20 +609,20 @@ fn an_unknown_section_is_kept_through_an_edit_unless_it_is_critical() {
     let kept = image
         .sections()
         .iter()
-        .find(|entry| entry.section == SectionType::Other(*b"WSET"))
+        .find(|entry| entry.section == SectionType::Other(*b"NOTE"))
         .unwrap();
     assert!(kept.is_live);
-    assert_eq!(image.section_payload(kept, 100).unwrap(), b"working set");
+    assert_eq!(image.section_payload(kept, 100).unwrap(), b"some note..");
     image.section_payload(kept, 10).unwrap_err();
     read_all(&file).unwrap();
 
     let mut forger = Forger::new(file);
-    let at = forger.start_of(SectionType::Other(*b"WSET"));
+    let at = forger.start_of(SectionType::Other(*b"NOTE"));
     forger.put(at, layout::section::FLAGS, &1u16.to_le_bytes());
     let error = Image::open(forger.seal(false)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "it needs section \"WSET\", which this program does not know"
+        "it needs section \"NOTE\", which this program does not know"
     );
 }
 

@@ -91,6 +91,7 @@ fn request(guest: &Guest, target: &Path, capture: Capture) -> SaveRequest {
             threads: 2,
         },
         then: Then::Quit,
+        live: None,
         labels: [].into(),
         from_postmigrate: false,
         timeout: None,

@@ -7,7 +7,7 @@
 """
 import hashlib, json, struct, subprocess, sys
 
-KNOWN = {b"HEAD": 1, b"XML ": 1, b"MANI": 1, b"CHNK": 1, b"PMAP": 0, b"SIGN": 0, b"DIR ": 1, b"FOOT": 1, b"DATA": 1}
+KNOWN = {b"HEAD": 1, b"XML ": 1, b"MANI": 1, b"CHNK": 1, b"PMAP": 0, b"SIGN": 0, b"WSET": 0, b"DIR ": 1, b"FOOT": 1, b"DATA": 1}
 TABLE = []
 for n in range(256):
     for _ in range(8):
@@ -89,7 +89,7 @@ def directory(data, foot, foot_at):
     need(end == at and previous != b"DIR ", "a gap before the directory", at)
     need(generation == u32(foot, 144) and footer_at == u64(foot, 264), "a wrong GENERATION", foot_at)
     live = [e[0] for e in entries if e[5]]
-    for kind, counts in {b"HEAD": [int(is_zstd)], b"XML ": [1], b"MANI": [1], b"CHNK": [1], b"PMAP": [0, 1],
+    for kind, counts in {b"HEAD": [int(is_zstd)], b"XML ": [1], b"MANI": [1], b"CHNK": [1], b"PMAP": [0, 1], b"WSET": [0, 1],
                          b"DIR ": [0], b"FOOT": [0], b"DATA": [0]}.items():
         need(live.count(kind) in counts, f"{live.count(kind)} live sections {kind}")
     return entries
@@ -214,6 +214,10 @@ def read(data):
             need(48 + u32(s, 32) + u32(s, 36) == length, "wrong lengths in SIGN", at)
     raw = list(chunks(data, foot, entries))
     for kind, _, at, length, _, state in entries:
+        if kind == b"WSET" and state:
+            chosen = struct.unpack_from(f"<{u32(section(data, at, length, kind), 32)}I", data, at + 40)
+            need(48 + 4 * len(chosen) == length and data[at + 36:at + 40] == bytes(4), "a wrong length in WSET", at)
+            need(len(set(chosen)) == len(chosen) and all(one < len(raw) for one in chosen), "a wrong chunk in WSET", at)
         if kind == b"PMAP" and state:
             page_map(section(data, at, length, kind), at, [len(chunk) for chunk in raw])
     return foot, entries, b"".join(raw)

@@ -206,7 +206,8 @@ build_linux_guest() {
         rmdir "$linux/boot" "$linux/lib/modules" "$linux/lib"
     fi
     if [ -z "$(find "$linux/initrd" -newer testdata/guests/linux/init -newer testdata/guests/linux/fill.c \
-        -newer testdata/guests/linux/witness.c -newer testdata/guests/linux/build-initrd.sh 2>/dev/null)" ]; then
+        -newer testdata/guests/linux/witness.c -newer testdata/guests/linux/writer.c \
+        -newer testdata/guests/linux/build-initrd.sh 2>/dev/null)" ]; then
         say "building the Linux guest's initrd"
         testdata/guests/linux/build-initrd.sh "$linux/modules" "$linux/initrd"
     fi

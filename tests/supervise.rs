@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 use vmstow::host::{HostError, ProcessFacts, RuntimeDir, listener_of, qmp_sockets};
 use vmstow::qmp::{MigrationStatus, QmpClient, RunState, SavedSettings};
 use vmstow::supervise::{
-    Ended, Guardian, GuardianInstruction, Launch, NodeIdentity, RunningGuest, SuperviseError, Then,
-    launch, list, put_back, stop,
+    Damage, Ended, Guardian, GuardianInstruction, Launch, NodeIdentity, RunningGuest,
+    SuperviseError, Then, damage_of, freeze, launch, list, put_back, stop,
 };
 
 use support::{PATIENCE, Qemu};
@@ -84,6 +84,33 @@ fn a_guest_is_launched_listed_and_stopped() {
             Err(SuperviseError::Host(HostError::NoSuchGuest { .. }))
         ));
     }
+}
+
+#[test]
+fn a_frozen_guest_is_marked_and_stopped_at_once() {
+    let host = Host::new();
+    let mut guest = host.launch(&qemus()[0], "-machine none");
+    guest.wait_qmp(PATIENCE).unwrap();
+    let dir = guest.dir().clone();
+    assert_eq!(damage_of(&dir).unwrap(), None);
+    let process = guest.keep().process;
+    let damage = Damage {
+        what: "chunk 52 does not match its hash".into(),
+        at: Some("file offset 0x2a400000".into()),
+        pages: None,
+        found_at: jiff::Timestamp::now(),
+    };
+    freeze(&dir, process, &damage).unwrap();
+    assert_eq!(damage_of(&dir).unwrap(), Some(damage));
+    support::wait_until("QEMU to be stopped", PATIENCE, || {
+        let state = fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap();
+        state.contains(") T ").then_some(()).ok_or(state)
+    });
+    assert_eq!(list(&host.runtime).unwrap().running.len(), 1);
+    let since = Instant::now();
+    assert_eq!(stop(&host.runtime, "web", None).unwrap(), Ended::Frozen);
+    assert!(since.elapsed() < Duration::from_secs(2));
+    assert!(!process.is_alive());
 }
 
 #[test]
@@ -242,6 +269,9 @@ impl Save {
             temporary: Some(self.temporary.clone()),
             target: Some(self.target.clone()),
             temporary_identity: Some(NodeIdentity::of(&metadata)),
+            overlays: Vec::new(),
+            runs_on: false,
+            stream: None,
         };
         Guardian::start(Path::new(env!("CARGO_BIN_EXE_vmstow")), &instruction).unwrap()
     }
@@ -522,6 +552,9 @@ fn a_program_that_is_no_guardian_is_noticed() {
         temporary: None,
         target: None,
         temporary_identity: None,
+        overlays: Vec::new(),
+        runs_on: false,
+        stream: None,
     };
     for program in ["/bin/true", "/bin/echo"] {
         let started = Guardian::start(Path::new(program), &instruction);

@@ -108,7 +108,9 @@ fn userfaultfd() -> Finding {
         name: "userfaultfd",
         is_good,
         fact,
-        advice: Some("lazy restores will need it: sysctl vm.unprivileged_userfaultfd=1"),
+        advice: Some(
+            "`restore --lazy` and `save --live` need it: sysctl vm.unprivileged_userfaultfd=1",
+        ),
     }
 }
 

@@ -96,10 +96,18 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
         (Some(HostError::NoQemu { .. }), ..) => {
             "install QEMU (Debian: qemu-system-x86), or name one with --qemu"
         }
+        (Some(HostError::NoQemuImg), ..) => "install it (Debian: qemu-utils)",
+        (Some(HostError::NoOverlay { words, .. }), ..) if words.contains("lock") => {
+            "end that guest, or give this one a copy of the disk with --remap disk:ID=PATH"
+        }
         (Some(HostError::NoSuchGuest { .. }), ..) => {
             "`vmstow list` shows the guests that vmstow runs"
         }
         (_, Some(StoreError::Exists { .. }), _) => "choose another name, or give --replace",
+        (_, Some(StoreError::InUse { .. }), _) => {
+            "`vmstow list` shows the guests: end those that run on it, or change a copy of it"
+        }
+        (_, Some(StoreError::BeingChanged { .. }), _) => "wait until that has ended",
         (_, Some(StoreError::Terminal), _) => "name a file, or pipe the output somewhere",
         (.., Some(ConfigError::Refused { .. })) => "`vmstow inspect` lists what the guest has",
         _ => return image_advice(error, image).or_else(|| busy(error)),
@@ -163,9 +171,17 @@ fn save_advice(error: &SaveError) -> Option<String> {
     Some(match error {
         SaveError::NotSaved { why, .. } => return advice(why, None),
         SaveError::MigrationActive { .. } => "wait until that migration has ended, or cancel it (QMP migrate_cancel)".to_owned(),
+        SaveError::LacksMemory { .. } => "wait until `vmstow list` shows 100 % of its memory".to_owned(),
         SaveError::BeingSaved { .. } => "wait until that save has ended".to_owned(),
         SaveError::Blocked { .. } => "detach the device, save, attach it again after the restore".to_owned(),
         SaveError::NotRestorable { .. } => "start the guest without these arguments, or save it with a tool that keeps what they refer to".to_owned(),
+        SaveError::NotRunning { .. } => "let it run (QMP cont), or save it without --live".to_owned(),
+        SaveError::LiveUnknown { .. } => "save it without --live; QEMU 6.0 and later can let a guest run on".to_owned(),
+        SaveError::LiveDisks { .. } => "give --disk-snapshot: its disks stay as they are, and it goes on in overlays over them".to_owned(),
+        SaveError::NoSnapshot { .. } => "save it without --live".to_owned(),
+        SaveError::LiveRefused { .. } => "`vmstow doctor` tells of userfaultfd, which this needs; without --live the guest is stopped, which always works".to_owned(),
+        SaveError::LivePublishUnknown { .. } => "look whether the image is there and verifies".to_owned(),
+        SaveError::ThrowawayDisks { .. } => "restore the image without --throwaway; that guest can be saved".to_owned(),
         SaveError::RunState { state: crate::qmp::RunState::Postmigrate, .. } => {
             "it was migrated and its other copy may run; if not, give --from-postmigrate".to_owned()
         }
@@ -199,9 +215,17 @@ fn restore_advice(error: &RestoreError) -> Option<String> {
         }
         RestoreError::NoDirectory { .. } => "make the directory; the guest's relative paths start there".to_owned(),
         RestoreError::QemuGaveUp { .. } | RestoreError::NotLoaded => "use the QEMU that the guest was saved from, or a newer one, with --qemu".to_owned(),
+        RestoreError::NotMapped { .. } => "vmstow convert IMAGE OUT --layout mapped, then restore OUT; or restore without --map".to_owned(),
+        RestoreError::MappedPipe => "write it to a file first, or restore without --map".to_owned(),
         RestoreError::NotStarted { source, .. } if source.to_string().contains("lock") => {
             "another QEMU uses this disk: end it, or give this guest a disk of its own with --remap disk:ID=PATH".to_owned()
         }
+        RestoreError::Clone { why, .. } => return advice(why, None),
+        RestoreError::SharedDisks { .. } => "give --throwaway, which lays an overlay over each disk".to_owned(),
+        RestoreError::UnknownFormat { disk, .. } => {
+            format!("name its file with --remap disk:{disk}=PATH, without --throwaway")
+        }
+        RestoreError::ImageReplaced => "run the command again".to_owned(),
         RestoreError::TimedOut { .. } => "give a longer --timeout".to_owned(),
         _ => return None,
     })

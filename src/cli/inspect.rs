@@ -134,6 +134,21 @@ fn human(description: &ImageDescription) -> String {
     );
     rows.row("digest", &description.image_digest);
     rows.row("trust", format!("it {}", description.trust));
+    let ways = &description.restores;
+    for (index, (way, name)) in [
+        (&ways.eager, "eager"),
+        (&ways.lazy, "--lazy"),
+        (&ways.map, "--map"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let heading = if index == 0 { "restore" } else { "" };
+        match way.is_possible {
+            true => rows.row(heading, name),
+            false => rows.row(heading, format!("not {name}: {}", way.reasons.join("; "))),
+        }
+    }
     if let Some(bytes) = description.torn_bytes {
         rows.row(
             "damage",

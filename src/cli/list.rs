@@ -11,8 +11,9 @@ use serde_json::json;
 use super::Outcome;
 use super::ui::Ui;
 use crate::host::RuntimeDir;
+use crate::progress::Progress;
 use crate::qmp::QmpClient;
-use crate::supervise::{self, GuestDescription};
+use crate::supervise::{self, Damage, GuestDescription, Serving, damage_of, is_being_verified};
 
 /// How long a monitor may take to answer; one that somebody else uses never does.
 const ANSWER: Duration = Duration::from_millis(300);
@@ -25,23 +26,81 @@ pub struct ListArgs {}
 struct ListedGuest {
     #[serde(flatten)]
     guest: GuestDescription,
-    /// The run state in QMP's words; `None` if its monitor is in use or does not answer.
+    /// The run state in QMP's words, or `damaged`; `None` if its monitor is in use or does not answer.
     state: Option<String>,
+    /// Why it is frozen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damage: Option<Damage>,
+    /// How far its memory is, if it gets it while it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serving: Option<Serving>,
+    /// Whether the image that it runs on is being verified.
+    #[serde(rename = "verifying", skip_serializing_if = "std::ops::Not::not")]
+    is_being_verified: bool,
 }
 
 /// Prints a line a guest.
 pub fn run(_: &ListArgs, ui: &Ui) -> Outcome {
-    let found = supervise::list(&RuntimeDir::open()?)?;
-    let guests = found.running.into_iter().map(|guest| ListedGuest {
-        state: state_of(&guest),
-        guest,
-    });
-    let guests: Vec<ListedGuest> = guests.collect();
+    let runtime = RuntimeDir::open()?;
+    let found = supervise::list(&runtime)?;
+    let mut guests = Vec::new();
+    for guest in found.running {
+        // One that ended meanwhile is not listed.
+        let Ok(dir) = runtime.guest(&guest.name) else {
+            continue;
+        };
+        let (damage, serving) = (damage_of(&dir)?, Serving::of(&dir)?);
+        if let Some(damage) = &damage {
+            ui.warn(&frozen(&guest, damage));
+        } else if serving.as_ref().is_some_and(Serving::is_broken_off) {
+            ui.warn(&unserved(&guest.name));
+        }
+        guests.push(ListedGuest {
+            state: match damage {
+                Some(_) => Some("damaged".to_owned()),
+                None => state_of(&guest),
+            },
+            guest,
+            is_being_verified: damage.is_none() && is_being_verified(&dir),
+            damage,
+            serving,
+        });
+    }
+    for name in &found.cut_off {
+        ui.warn(&format!(
+            "{name} was cut off before it ran: `vmstow restore --resume {name}` starts it over, `vmstow stop {name}` forgets it"
+        ));
+    }
     if guests.is_empty() {
         ui.note(&"no guest of vmstow runs here");
     }
     ui.answer(&json!({ "guests": guests }), |_| table(&guests))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What happened to the guest, and what to do.
+fn frozen(guest: &GuestDescription, damage: &Damage) -> String {
+    let image = guest.image.as_ref();
+    let image = image.map_or("its image".to_owned(), |path| path.display().to_string());
+    let places = [&damage.at, &damage.pages].into_iter().flatten();
+    let places: Vec<&str> = places.map(String::as_str).collect();
+    let places = match places.as_slice() {
+        [] => String::new(),
+        places => format!(" ({})", places.join(", ")),
+    };
+    format!(
+        "{name} is frozen, for {image} is damaged: {}{places}; end it with `vmstow stop {name}` and restore it from \
+         another copy of the image",
+        damage.what,
+        name = guest.name,
+    )
+}
+
+fn unserved(name: &str) -> String {
+    format!(
+        "nobody gives {name} its memory any more, and it waits at the next page that is missing: go on with \
+         `vmstow restore --resume {name}`"
+    )
 }
 
 fn state_of(guest: &GuestDescription) -> Option<String> {
@@ -63,13 +122,14 @@ fn table(guests: &[ListedGuest]) -> String {
     }
     let _ = writeln!(
         text,
-        "{:names$}  {:states$}  {:>8}  MONITOR",
+        "{:names$}  {:states$}  {:>8}  MEMORY  MONITOR",
         "NAME", "STATE", "PID"
     );
     for one in guests {
+        let percent = one.serving.as_ref().map_or(100, Serving::percent);
         let _ = writeln!(
             text,
-            "{:names$}  {:states$}  {:>8}  {}",
+            "{:names$}  {:states$}  {:>8}  {percent:>4} %  {}",
             one.guest.name,
             state(one),
             one.guest.process.pid,

@@ -3,6 +3,7 @@
 //! Answers go to stdout, everything else to stderr through `Ui`. Nobody imports this module but `main`.
 
 mod completion;
+mod convert;
 mod demo;
 mod doctor;
 mod hint;
@@ -15,10 +16,12 @@ mod stop;
 mod ui;
 mod verify;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::host::ProcessId;
 use ui::Ui;
 
 /// Stows a running QEMU guest in one file and brings it back, here or on another host.
@@ -44,6 +47,7 @@ Exit codes:
 enum Command {
     Save(save::SaveArgs),
     Restore(restore::RestoreArgs),
+    Convert(convert::ConvertArgs),
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
     Repair(repair::RepairArgs),
@@ -56,18 +60,55 @@ enum Command {
     /// Watches over a save; started by `vmstow save` itself.
     #[command(name = "__guardian", hide = true)]
     Guardian,
+    /// Holds a monitor of a lazily restored guest; started by `vmstow restore` itself.
+    #[command(name = "__keeper", hide = true)]
+    Keeper {
+        directory: PathBuf,
+    },
+    /// Gives a lazily restored guest its memory; started by `vmstow restore` itself.
+    #[command(name = "__serve", hide = true)]
+    Serve {
+        #[arg(long)]
+        recover: bool,
+        directory: PathBuf,
+    },
+    /// Verifies an image that a guest runs on; started by `vmstow restore --map` itself.
+    #[command(name = "__verify", hide = true)]
+    Verifier(VerifierArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct VerifierArgs {
+    /// The guest's directory
+    dir: PathBuf,
+    /// Its QEMU's process id
+    pid: i32,
+    /// When that was started
+    start_time: u64,
+    /// The descriptor of the image
+    image: i32,
 }
 
 /// Runs the program and gives its exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    if matches!(cli.command, Command::Guardian) {
-        return crate::supervise::run_guardian();
+    match &cli.command {
+        Command::Guardian => return crate::supervise::run_guardian(),
+        Command::Keeper { directory } => return crate::supervise::run_keeper(directory),
+        Command::Serve { recover, directory } => {
+            return crate::restore::run_server(directory, *recover);
+        }
+        _ => {}
+    }
+    if let Command::Verifier(args) = &cli.command {
+        let (pid, start_time) = (args.pid, args.start_time);
+        return crate::restore::run_verifier(&args.dir, ProcessId { pid, start_time }, args.image);
     }
     let ui = Ui::new(&cli.output);
     let done = match cli.command {
         Command::Save(args) => save::run(args, &ui),
         Command::Restore(args) => restore::run(args, &ui),
+        Command::Convert(args) => convert::run(&args, &ui),
         Command::Inspect(args) => inspect::run(&args, &ui),
         Command::Verify(args) => verify::run(&args, &ui),
         Command::Repair(args) => repair::run(&args, &ui),
@@ -77,9 +118,22 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args, &ui),
         Command::Completion(args) => completion::run(&args, Cli::command()),
         Command::Man(args) => completion::run_man(&args, Cli::command()),
-        Command::Guardian => Ok(ExitCode::SUCCESS),
+        Command::Guardian
+        | Command::Verifier(_)
+        | Command::Keeper { .. }
+        | Command::Serve { .. } => Ok(ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|failure| ui.fail(&failure))
+}
+
+/// The arguments of a `restore` as they were given, the program's name not among them.
+fn parse_restore(words: &[String]) -> Option<restore::RestoreArgs> {
+    let program = std::iter::once("vmstow");
+    let words = program.chain(words.iter().map(String::as_str));
+    match Cli::try_parse_from(words).ok()?.command {
+        Command::Restore(args) => Some(args),
+        _ => None,
+    }
 }
 
 /// What a subcommand gives: an exit code, or what to tell the user.

@@ -1,6 +1,5 @@
 //! `vmstow repair`
 
-use std::fs::OpenOptions;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -10,7 +9,7 @@ use serde_json::json;
 use super::ui::Ui;
 use super::{About, Outcome};
 use crate::image;
-use crate::store::{Location, StoreError};
+use crate::store::{self, Location, StoreError};
 use crate::units::human_bytes;
 
 /// Cut off the torn end of an image whose last edit was interrupted
@@ -26,13 +25,15 @@ pub struct RepairArgs {
 /// Cuts, if there is something to cut.
 pub fn run(args: &RepairArgs, ui: &Ui) -> Outcome {
     let name = args.image.display();
-    let opened = image::open(&Location::Path(args.image.clone())).about(&name)?;
+    let open = || image::open(&Location::Path(args.image.clone()));
+    if open().about(&name)?.torn().is_none() {
+        return nothing_to_cut(args, ui);
+    }
+    let file = store::open_to_change(&args.image).about(&name)?;
+    // Looked at again with the lock in hand: somebody else may have repaired it.
+    let opened = open().about(&name)?;
     let Some(torn) = opened.torn() else {
-        let answer = json!({ "image": args.image, "cut_bytes": 0 });
-        ui.answer(&answer, |_| {
-            format!("{name} ends as it should; nothing was changed\n")
-        })?;
-        return Ok(ExitCode::SUCCESS);
+        return nothing_to_cut(args, ui);
     };
     let cut = torn.file_len - torn.valid_len;
     let error = |source| StoreError::File {
@@ -40,10 +41,6 @@ pub fn run(args: &RepairArgs, ui: &Ui) -> Outcome {
         path: args.image.clone(),
         source,
     };
-    let file = OpenOptions::new()
-        .write(true)
-        .open(&args.image)
-        .map_err(error)?;
     file.set_len(torn.valid_len)
         .and_then(|()| file.sync_all())
         .map_err(error)?;
@@ -53,6 +50,17 @@ pub fn run(args: &RepairArgs, ui: &Ui) -> Outcome {
         format!(
             "{name} ends with generation {generation} again; {} were cut off\n",
             human_bytes(cut)
+        )
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn nothing_to_cut(args: &RepairArgs, ui: &Ui) -> Outcome {
+    let answer = json!({ "image": args.image, "cut_bytes": 0 });
+    ui.answer(&answer, |_| {
+        format!(
+            "{} ends as it should; nothing was changed\n",
+            args.image.display()
         )
     })?;
     Ok(ExitCode::SUCCESS)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::ui::{Ui, threads};
@@ -13,12 +13,17 @@ use super::{About, Failure, Outcome};
 use crate::config::remap::{Selector, Target};
 use crate::config::{ConfigError, Remap};
 use crate::container::{ContainerError, Manifest};
+use crate::error::Error;
+use crate::host::{GuestDir, RuntimeDir};
 use crate::image::{self, Trust};
 use crate::pipeline::{self, PipedImage, begins_with_head};
 use crate::progress::Progress;
-use crate::restore::{self, Origin, Plan, RestoreReport, RestoreRequest};
+use crate::restore::{
+    self, Invocation, LazyOptions, LazyRequest, Mapping, Origin, Plan, RestoreError, RestoreReport,
+    RestoreRequest, Resumed, ServeError, Verify,
+};
 use crate::store::{Location, StoreError};
-use crate::supervise::RunningGuest;
+use crate::supervise::{RunningGuest, Serving};
 use crate::units::FileOffset;
 
 /// Bring a guest back from its image
@@ -29,7 +34,48 @@ use crate::units::FileOffset;
 #[command(after_help = EXAMPLES)]
 pub struct RestoreArgs {
     /// The image; - reads standard input
-    image: Location,
+    #[arg(required_unless_present = "resume")]
+    image: Option<Location>,
+
+    /// Let the guest run before its memory is there; it gets what it asks for first, and all the rest behind
+    #[arg(long, conflicts_with = "map")]
+    lazy: bool,
+
+    /// With --lazy: give at most so many MiB a second of what the guest does not ask for
+    #[arg(long, value_name = "MIB", requires = "lazy", value_parser = clap::value_parser!(u64).range(1..))]
+    fill_rate: Option<u64>,
+
+    /// With --lazy: keep in the image what the guest asks for first, so that later restores have it ready
+    #[arg(long, requires = "lazy")]
+    record: bool,
+
+    /// With --lazy: let QEMU put every page in its place, even where vmstow could; slower
+    #[arg(long, requires = "lazy", hide_short_help = true)]
+    through_qemu: bool,
+
+    /// With --lazy or --resume: stay until all memory is there
+    #[arg(long)]
+    wait: bool,
+
+    /// Go on with a lazily restored guest whose memory nobody gives it any more
+    #[arg(long, value_name = "NAME", conflicts_with = "image")]
+    resume: Option<String>,
+
+    /// Let QEMU map the guest's memory from the image: it runs at once, however much memory it has
+    ///
+    /// For images of layout mapped, with QEMU 8.2 or later. The image is never written to; it must stay as long as the
+    /// guest runs.
+    #[arg(long)]
+    map: bool,
+
+    /// With --map: when all of the image is verified
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "background",
+        requires = "map"
+    )]
+    verify: VerifyArg,
 
     /// Leave the guest paused
     #[arg(long)]
@@ -58,8 +104,22 @@ pub struct RestoreArgs {
     #[arg(long)]
     accept_changed_disks: bool,
 
-    /// Stay, and end the guest with Ctrl-C
+    /// Let the guest write to overlays that end with it, never to its disks
     #[arg(long)]
+    throwaway: bool,
+
+    /// Where the overlays go [default: $VMSTOW_OVERLAY_DIR, else /var/tmp/vmstow-UID]
+    #[arg(long, value_name = "DIR", requires = "throwaway")]
+    overlay_dir: Option<PathBuf>,
+
+    /// Make N guests of the image, NAME-1 to NAME-N, each with sockets and an isolated network of its own
+    ///
+    /// All see what the saved guest saw: MAC, UUID and all else. Needs --throwaway if the guest writes to disks.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    count: Option<u32>,
+
+    /// Stay, and end the guest with Ctrl-C
+    #[arg(long, conflicts_with = "count")]
     foreground: bool,
 
     /// Only check, and say what stands against a restore
@@ -79,10 +139,24 @@ pub struct RestoreArgs {
     timeout: u64,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum VerifyArg {
+    /// Before the guest runs
+    Full,
+    /// While it runs; if a byte is wrong the guest is frozen, see `vmstow list`
+    Background,
+    /// Never; only what is not mapped
+    Quick,
+}
+
 const EXAMPLES: &str = "\
 Examples:
   vmstow restore web01.stow
+  vmstow restore web01.stow --lazy
+  vmstow restore --resume web01
+  vmstow restore web01.stow --map
   vmstow restore web01.stow --remap disk:disk0=/srv/web01.qcow2 --remap net:net0=user
+  vmstow restore web01.stow --throwaway --count 4
   ssh host cat web01.stow | vmstow restore - --trust";
 
 fn remap(text: &str) -> Result<Remap, String> {
@@ -101,32 +175,113 @@ fn remap(text: &str) -> Result<Remap, String> {
 
 /// Restores, or says what a restore would do.
 pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
-    let request = RestoreRequest {
-        image: args.image.clone(),
+    let words = std::env::args().skip(1).collect();
+    let cwd = std::env::current_dir().unwrap_or_default();
+    match &args.resume {
+        Some(name) => resume(name, &args, &invocation(words, cwd)?, ui),
+        None => restore(args, invocation(words, cwd)?, ui),
+    }
+}
+
+fn invocation(arguments: Vec<String>, cwd: PathBuf) -> Result<Invocation, Failure> {
+    let program = std::env::current_exe().map_err(|source| StoreError::File {
+        act: "find",
+        path: "/proc/self/exe".into(),
+        source,
+    })?;
+    Ok(Invocation {
+        program,
+        arguments,
+        cwd,
+    })
+}
+
+fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
+    let image = args.image.unwrap_or(Location::Pipe);
+    let threads = args.threads.unwrap_or_else(pipeline::default_threads);
+    let at_once = args.count.map_or(1, |count| {
+        pipeline::default_threads().min(usize::try_from(count).unwrap_or(1))
+    });
+    let verify = args.map.then_some(match args.verify {
+        VerifyArg::Full => Verify::Full,
+        VerifyArg::Background => Verify::Background,
+        VerifyArg::Quick => Verify::Quick,
+    });
+    let mut request = RestoreRequest {
+        image: image.clone(),
         qemu: args.qemu,
         name: args.name,
         paused: args.paused,
         remaps: args.remaps,
         trust: args.trust,
         accept_changed_disks: args.accept_changed_disks,
-        threads: args.threads.unwrap_or_else(pipeline::default_threads),
+        map: None,
+        throwaway: args.throwaway,
+        overlay_dir: args.overlay_dir,
+        clones: args.count,
+        threads: (threads / at_once).max(1),
         timeout: Duration::from_secs(args.timeout),
+        lazy: args.lazy.then_some(LazyRequest {
+            options: LazyOptions {
+                fill_rate: args.fill_rate.map(|mib| mib << 20),
+                through_qemu: args.through_qemu,
+                records: args.record,
+            },
+            invocation,
+        }),
     };
-    let (manifest, trust, origin) = origin(&args.image, request.trust, ui)?;
-    let plan = Plan::check(manifest, &trust, &request).about(&args.image)?;
+    if args.count.is_some() && image == Location::Pipe {
+        return Err(RestoreError::ClonesOfPipe.into());
+    }
+    let is_trusted = request.trust && !args.lazy;
+    let (manifest, trust, origin) = origin(&image, is_trusted, ui)?;
+    if let Some(verify) = verify {
+        request.map = Some(mapping(&origin, verify).about(&image)?);
+    }
+    let plan = Plan::check(manifest, &trust, &request).about(&image)?;
+    if args.print_command || args.dry_run {
+        plan.notes().iter().for_each(|note| ui.note(note));
+    }
     for warning in plan.warnings() {
         ui.warn(&format!("{} [{}]", warning.fact, warning.code));
     }
     if args.print_command || args.dry_run {
         return print_plan(&plan, args.print_command, ui);
     }
-    let (report, guest) = restore::restore(&plan, origin, ui).about(&args.image)?;
+    if let Some(count) = args.count {
+        return make_clones(&plan, &origin, count, ui).about(&image);
+    }
+    let (mut report, guest) = restore::restore(&plan, origin, ui).about(&image)?;
+    if args.lazy && args.wait {
+        let dir = guest.dir().clone();
+        // From here on the guest is not ours to end.
+        guest.keep();
+        let served = restore::wait_for_memory(&dir, ui).about(&image)?;
+        warn_of(&served, ui);
+        report.served = Some(served);
+        ui.answer(&report, restored)?;
+        note_logs(&report, ui);
+        return Ok(ExitCode::SUCCESS);
+    }
     ui.answer(&report, restored)?;
     note_logs(&report, ui);
     if args.foreground {
         stay(guest, ui)
     } else {
         leave(guest)
+    }
+}
+
+/// What QEMU is to map.
+fn mapping<R: std::io::Read>(origin: &Origin<R>, verify: Verify) -> crate::error::Result<Mapping> {
+    let program = std::env::current_exe().map_err(|source| StoreError::File {
+        act: "find",
+        path: "/proc/self/exe".into(),
+        source,
+    })?;
+    match origin {
+        Origin::Image(opened) => Mapping::of(opened, verify, program),
+        Origin::Pipe(_) => Err(RestoreError::MappedPipe.into()),
     }
 }
 
@@ -167,6 +322,30 @@ fn origin(
     Ok((manifest, trust, Origin::Image(Box::new(opened))))
 }
 
+/// Restores clones, which run on in the background.
+fn make_clones(
+    plan: &Plan,
+    origin: &Origin<BufReader<Stdin>>,
+    count: u32,
+    ui: &Ui,
+) -> Result<ExitCode, Error> {
+    let Origin::Image(image) = origin else {
+        return Err(RestoreError::ClonesOfPipe.into());
+    };
+    let count = usize::try_from(count).unwrap_or(usize::MAX);
+    let (reports, guests): (Vec<_>, Vec<_>) = restore::restore_clones(plan, image, count, ui)?
+        .into_iter()
+        .unzip();
+    ui.answer(&json!({ "guests": reports }), |_| {
+        reports.iter().map(restored).collect()
+    })?;
+    for note in plan.notes() {
+        ui.note(note);
+    }
+    guests.into_iter().for_each(|guest| drop(guest.keep()));
+    Ok(ExitCode::SUCCESS)
+}
+
 fn print_plan(plan: &Plan, with_command: bool, ui: &Ui) -> Outcome {
     let command = plan.command()?;
     let document = json!({ "name": plan.name(), "argv": command, "warnings": plan.warnings() });
@@ -185,12 +364,88 @@ fn restored(report: &RestoreReport) -> String {
         Some(ms) => format!("runs after {ms} ms"),
         None => format!("is {}", report.state),
     };
+    let memory = report.served.as_ref().map(all_there).unwrap_or_default();
     format!(
-        "restored {}: it {state}, pid {}, monitor {}\n",
+        "restored {}: it {state}, pid {}, monitor {}{memory}\n",
         report.name,
         report.pid,
         report.qmp.display()
     )
+}
+
+fn warn_of(served: &Serving, ui: &Ui) {
+    if let Some(problem) = &served.problem {
+        ui.warn(problem);
+    }
+}
+
+/// How the guest got its memory.
+fn all_there(served: &Serving) -> String {
+    format!(
+        "; all its memory is there after {} ms; it waited {} times for a page, {:.1} ms at the most",
+        served.elapsed_ms,
+        served.requests,
+        Duration::from_micros(served.worst_stall_us).as_secs_f64() * 1000.0
+    )
+}
+
+/// Goes on with a guest whose memory nobody gives it any more.
+fn resume(name: &str, args: &RestoreArgs, invocation: &Invocation, ui: &Ui) -> Outcome {
+    let runtime = RuntimeDir::open()?;
+    let dir = runtime.guest(name)?;
+    let resumed = restore::resume(&dir, invocation, Duration::from_secs(args.timeout))?;
+    let (act, state) = match resumed {
+        Resumed::StartOver(words, cwd) => {
+            ui.note(&format!(
+                "{name} was never let run, and its QEMU is gone: it is restored anew"
+            ));
+            return start_over(&dir, words, cwd, args.wait, ui);
+        }
+        Resumed::Already(_) => ("already", None),
+        Resumed::Served(state) => ("resumed", Some(state)),
+    };
+    let served = match args.wait {
+        true => Some(restore::wait_for_memory(&dir, ui)?),
+        false => Serving::of(&dir)?,
+    };
+    if let Some(served) = &served {
+        warn_of(served, ui);
+    }
+    let document = json!({ "name": name, "act": act, "state": state, "served": served });
+    ui.answer(&document, |_| resumed_text(name, act, served.as_ref()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn resumed_text(name: &str, act: &str, served: Option<&Serving>) -> String {
+    let percent = served.map_or(0, Serving::percent);
+    match act {
+        "already" if percent == 100 => format!("all memory of {name} is there\n"),
+        "already" => format!("{name} is being given its memory: {percent} % is there\n"),
+        _ => format!("{name} goes on: {percent} % of its memory is there\n"),
+    }
+}
+
+/// Restores a guest anew as it was restored before.
+fn start_over(dir: &GuestDir, words: Vec<String>, cwd: PathBuf, waits: bool, ui: &Ui) -> Outcome {
+    let Some(args) = super::parse_restore(&words) else {
+        return Err(ServeError::NoTask.into());
+    };
+    let name = dir.name().to_owned();
+    if args.count.is_some() {
+        return Err(RestoreError::CutOffClone { guest: name }.into());
+    }
+    std::env::set_current_dir(&cwd).map_err(|source| StoreError::File {
+        act: "enter",
+        path: cwd.clone(),
+        source,
+    })?;
+    dir.remove()?;
+    let args = RestoreArgs {
+        name: Some(name),
+        wait: args.wait || waits,
+        ..args
+    };
+    restore(args, invocation(words, cwd)?, ui)
 }
 
 /// Says where the consoles went that were somebody's terminal: they are logs beside QEMU's own now.

@@ -14,7 +14,7 @@ use crate::container::Layout;
 use crate::host::keys::SigningKey;
 use crate::pipeline::{self, Encoding};
 use crate::progress::Progress;
-use crate::save::{self, Capture, Plan, PlanReport, SaveReport, SaveRequest, Source, Then};
+use crate::save::{self, Capture, Live, Plan, PlanReport, SaveReport, SaveRequest, Source, Then};
 use crate::store::{Location, StoreError};
 use crate::units::human_bytes;
 
@@ -48,9 +48,20 @@ pub struct SaveArgs {
     #[arg(long, default_value = "auto")]
     capture: CaptureArg,
 
-    /// What becomes of the guest once its image is complete
-    #[arg(long, default_value = "quit")]
-    then: ThenArg,
+    /// What becomes of the guest once its image is complete [default: quit]
+    #[arg(long)]
+    then: Option<ThenArg>,
+
+    /// Let the guest run on while it is saved: it stands still for some milliseconds only
+    ///
+    /// It must not write to disks, or --disk-snapshot has to be given. Its image is restored with --throwaway, or onto
+    /// copies of its disks.
+    #[arg(long)]
+    live: bool,
+
+    /// With --live: freeze all disks at the same moment; the guest goes on in new overlays beside them, DISK.live-TIME.qcow2
+    #[arg(long, requires = "live")]
+    disk_snapshot: bool,
 
     /// Keep a label in the image; may be given several times
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
@@ -90,11 +101,24 @@ Examples:
 A QEMU started by hand needs a monitor: -qmp unix:/path/to/monitor.sock,server=on,wait=off";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum LayoutArg {
+pub enum LayoutArg {
     /// Compressed; `zstd -dc` gives QEMU's stream back
     Zstd,
     /// QEMU's stream as it is; `-incoming file:IMAGE` reads it
     Raw,
+    /// Each page at a place of its own, zero pages are holes: for `restore --map`. Goes to files only
+    Mapped,
+}
+
+impl LayoutArg {
+    /// The layout.
+    pub fn layout(self) -> Layout {
+        match self {
+            LayoutArg::Zstd => Layout::Zstd,
+            LayoutArg::Raw => Layout::Raw,
+            LayoutArg::Mapped => Layout::Mapped,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -143,10 +167,7 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
         target: args.image.clone(),
         may_replace: args.replace,
         encoding: Encoding {
-            layout: match args.layout {
-                LayoutArg::Zstd => Layout::Zstd,
-                LayoutArg::Raw => Layout::Raw,
-            },
+            layout: args.layout.layout(),
             level: args.level,
             chunk_len: pipeline::DEFAULT_CHUNK_LEN,
             threads: args.threads.unwrap_or_else(pipeline::default_threads),
@@ -155,11 +176,14 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
             CaptureArg::Auto => Capture::Auto,
             CaptureArg::Migration => Capture::Migration,
         },
-        then: match args.then {
-            ThenArg::Quit => Then::Quit,
-            ThenArg::Resume => Then::Resume,
-            ThenArg::Pause => Then::Pause,
+        then: match (args.then, args.live) {
+            (None, false) | (Some(ThenArg::Quit), _) => Then::Quit,
+            (None, true) | (Some(ThenArg::Resume), _) => Then::Resume,
+            (Some(ThenArg::Pause), _) => Then::Pause,
         },
+        live: args.live.then_some(Live {
+            disk_snapshot: args.disk_snapshot,
+        }),
         labels: args.labels.into_iter().collect::<BTreeMap<_, _>>(),
         from_postmigrate: args.from_postmigrate,
         timeout: args.timeout.map(Duration::from_secs),
@@ -186,10 +210,13 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
 }
 
 fn args_resume_writes(request: &SaveRequest) -> bool {
-    request.then == Then::Resume
+    request.then == Then::Resume && request.live.is_none()
 }
 
 fn saved(report: &SaveReport) -> String {
+    if let Some(took_ms) = report.took_ms {
+        return saved_live(report, took_ms);
+    }
     let what = match report.guest {
         "quit" => "its QEMU has ended",
         "quitting" => "its QEMU was told to quit and has not ended yet",
@@ -204,6 +231,25 @@ fn saved(report: &SaveReport) -> String {
         human_bytes(report.file_bytes),
         Duration::from_millis(report.stopped_ms).as_secs_f64()
     )
+}
+
+fn saved_live(report: &SaveReport, took_ms: u64) -> String {
+    let stood_still = match report.downtime_ms {
+        Some(ms) => format!("it stood still for {ms:.1} ms"),
+        None => "it runs on".to_owned(),
+    };
+    let mut text = format!(
+        "saved {} live to {}: {} of memory in {}; {stood_still} of {:.2} s\n",
+        report.name,
+        report.image,
+        human_bytes(report.memory_bytes),
+        human_bytes(report.file_bytes),
+        Duration::from_millis(took_ms).as_secs_f64()
+    );
+    for overlay in &report.overlays {
+        let _ = writeln!(text, "its disk goes on in {}", overlay.display());
+    }
+    text
 }
 
 fn dry_run(plan: &PlanReport) -> String {
@@ -232,7 +278,15 @@ fn dry_run(plan: &PlanReport) -> String {
     for reason in &plan.not_restorable {
         row("blocked", reason);
     }
-    if plan.blockers.is_empty() && plan.not_restorable.is_empty() {
+    for disk in &plan.throwaway_disks {
+        let disk = disk.display();
+        row(
+            "blocked",
+            &format!("{disk} ends with its QEMU: the guest was restored with --throwaway"),
+        );
+    }
+    let reasons = plan.blockers.len() + plan.not_restorable.len() + plan.throwaway_disks.len();
+    if reasons == 0 {
         row("blocked", "by nothing");
     }
     text

@@ -47,6 +47,10 @@ fn told(ended: Ended, is_graceful: bool) -> (&'static str, &'static str) {
         Ended::Quit if is_graceful => ("quit", "did not shut down in time; its power was cut"),
         Ended::Quit => ("quit", "has ended"),
         Ended::Terminated => ("terminated", "did not answer; its QEMU was terminated"),
+        Ended::Frozen => (
+            "frozen",
+            "was frozen, for its image is damaged; its QEMU was killed",
+        ),
         Ended::Killed => ("killed", "did not answer; its QEMU was killed"),
     }
 }

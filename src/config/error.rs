@@ -95,6 +95,24 @@ pub enum Reason {
         /// The argument it comes from; empty if only QMP knew of it.
         argument: String,
     },
+    /// A disk over which no throwaway overlay can be laid.
+    #[error("{kind} {id:?} cannot get a throwaway overlay: {why}")]
+    NoOverlay {
+        /// The kind as in a remap.
+        kind: &'static str,
+        /// The disk.
+        id: String,
+        /// What stands against it.
+        why: String,
+    },
+    /// Something of this host that several guests cannot have at once.
+    #[error("{what} cannot be had by several guests at once: {why}")]
+    NotShared {
+        /// The resource, `nic "net0"`, or the argument.
+        what: String,
+        /// What it is.
+        why: String,
+    },
 }
 
 impl Reason {
@@ -106,11 +124,15 @@ impl Reason {
             Reason::ConfigurationFile { .. } => "argument.configuration-file",
             Reason::UnknownResource { .. } => "remap.unknown",
             Reason::NotRemappable { .. } => "remap.impossible",
+            Reason::NoOverlay { .. } => "overlay.impossible",
+            Reason::NotShared { .. } => "clone.shared",
         }
     }
 
     fn is_usage(&self) -> bool {
-        self.code().starts_with("remap.")
+        ["remap.", "overlay.", "clone."]
+            .iter()
+            .any(|group| self.code().starts_with(group))
     }
 }
 

@@ -10,15 +10,23 @@
 //! | [`resources`] [`paths`] | the host resources in it, corrected by QMP; every path it names |
 //! | [`foreign`] | what of them reaches beyond the guest |
 //! | [`remap`] | other backends for those resources |
+//! | [`overlay`] | arguments in which the guest writes to throwaway overlays |
+//! | [`isolate`](mod@isolate) | arguments that any number of guests can be started with at once |
 //! | [`restore_arguments`](mod@restore_arguments) | kept arguments → restore arguments |
+//! | [`mapped_memory`] | guest RAM as a private mapping of an image, and the way back |
 //! | [`domain_xml`](mod@domain_xml) | arguments → libvirt domain XML; the name and UUID in somebody's XML |
+//! | [`postcopy`] | what forbids that a guest runs before its memory is there |
 //! | [`compat`] | (guest, host) → every reason it cannot run |
 
 pub mod arguments;
 pub mod compat;
 pub mod domain_xml;
 pub mod foreign;
+pub mod isolate;
+pub mod mapped_memory;
+pub mod overlay;
 pub mod paths;
+pub mod postcopy;
 pub mod properties;
 pub mod remap;
 pub mod resources;
@@ -29,6 +37,7 @@ mod error;
 pub use arguments::{Argument, Arguments};
 pub use domain_xml::{DomainFacts, Identity, domain_xml, read_identity};
 pub use error::{ConfigError, Reason};
+pub use isolate::{Isolated, isolate};
 pub use remap::Remap;
 pub use resources::{Resource, ResourceKind, ResourceTable};
 pub use restore_arguments::{RestoreContext, restore_arguments};

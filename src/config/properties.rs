@@ -84,6 +84,22 @@ impl Properties {
         }
     }
 
+    /// As [`Properties::set`], where QEMU wants a number in the JSON form.
+    pub fn set_number(&mut self, key: &str, value: u64) {
+        match self {
+            Properties::Json(map) => drop(map.insert(key.to_owned(), value.into())),
+            Properties::Pairs { .. } => self.set(key, &value.to_string()),
+        }
+    }
+
+    /// As [`Properties::set`], where QEMU wants a text in the JSON form, also for `on` and `off`.
+    pub fn set_text(&mut self, key: &str, value: &str) {
+        match self {
+            Properties::Json(map) => drop(map.insert(key.to_owned(), value.into())),
+            Properties::Pairs { .. } => self.set(key, value),
+        }
+    }
+
     /// Takes `key` away, wherever it stands.
     pub fn remove(&mut self, key: &str) {
         match self {

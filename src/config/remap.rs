@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use super::arguments::{Argument, Arguments};
 use super::error::{ConfigError, Reason};
+use super::overlay;
 use super::properties::{Properties, escape};
 use super::resources::{OWN_LOG_PREFIX, OWN_PREFIX, Resource, ResourceKind, ResourceTable};
 
@@ -43,6 +44,8 @@ pub enum Target {
         /// The image format, where it changes.
         format: Option<String>,
     },
+    /// A throwaway overlay over its file; made by a restore, no text names it.
+    Overlay(String),
     /// A drive without medium.
     Eject,
     /// QEMU's user network, with further properties of `-netdev user` behind a comma.
@@ -281,6 +284,7 @@ impl Target {
                 set_format(arguments, resource, format.as_deref());
                 Some(())
             }
+            Target::Overlay(path) => overlay::put(arguments, resource, path),
             Target::Eject => eject(arguments, index, resource),
             Target::UserNetwork(_) | Target::Tap(_) | Target::Bridge(_) => {
                 set_network(arguments.items.get_mut(index)?, self)
@@ -496,7 +500,7 @@ pub(super) fn rename_chardev(arguments: &mut Arguments, from: &str, to: &str) {
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Target::Path { path, .. } => f.write_str(path),
+            Target::Path { path, .. } | Target::Overlay(path) => f.write_str(path),
             Target::Eject => f.write_str("eject"),
             Target::UserNetwork(rest) if rest.is_empty() => f.write_str("user"),
             Target::UserNetwork(rest) => write!(f, "user,{rest}"),

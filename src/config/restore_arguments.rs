@@ -2,7 +2,7 @@
 //!
 //! The arguments of the saved QEMU describe the guest, and besides it how somebody once ran it: a terminal, a monitor, a
 //! way to start. This replaces the second part and leaves the first as it is. The steps, in order: [`DROPPED`] goes,
-//! `-nographic` is spelled out, remaps are applied, what cannot be restored is refused, terminals become log files,
+//! memory that was mapped from an image becomes QEMU's own, `-nographic` is spelled out, remaps are applied, what cannot be restored is refused, terminals become log files,
 //! files are appended to, and what every guest of ours has comes at the end.
 //!
 //! Restore arguments are a fixed point: kept again and restored again in the same place they stay the same. Our own
@@ -13,6 +13,7 @@
 
 use super::arguments::{Argument, Arguments};
 use super::error::{ConfigError, Reason};
+use super::mapped_memory;
 use super::properties::escape;
 use super::remap::{self, Remap, Remapped, rename_chardev};
 use super::resources::{OWN_LOG_PREFIX, OWN_PREFIX, is_monitor_only};
@@ -77,6 +78,7 @@ pub fn restore_arguments(
     remaps: &[Remap],
 ) -> Result<Vec<String>, ConfigError> {
     let mut arguments = drop_run_options(kept);
+    mapped_memory::unmap(&mut arguments);
     spell_out_nographic(&mut arguments);
     let mut reasons = Vec::new();
     match remap::apply(&arguments, Some(&context.machine_type), remaps) {

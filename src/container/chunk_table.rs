@@ -135,7 +135,7 @@ impl ChunkEntry {
     }
 
     /// Where its raw bytes end.
-    pub(super) fn stream_end(&self) -> u64 {
+    pub fn stream_end(&self) -> u64 {
         self.stream_offset.0.saturating_add(self.raw_len.into())
     }
 

@@ -10,7 +10,7 @@ use crate::units::{ChunkIndex, FileOffset, StreamOffset};
 
 use super::chunk_table::{ChunkEntry, EntryRules, PageDigests};
 use super::error::ContainerError;
-use super::layout::{CHUNK_ENTRY_LEN, ENTRIES_PER_PAGE};
+use super::layout::{CHUNK_ENTRY_LEN, ENTRIES_PER_PAGE, chunk_entry};
 use super::reader::Image;
 use super::section::read_at;
 
@@ -119,31 +119,39 @@ impl<R: ReadAt> Image<R> {
             stream_offset,
             stream_len: self.stream_len(),
         };
-        let (mut low, mut high) = (0, self.table.table_page_count);
-        while high - low > 1 {
-            let middle = low + (high - low) / 2;
-            match self.first_stream_offset(middle)? <= stream_offset.0 {
-                true => low = middle,
-                false => high = middle,
-            }
-        }
-        let entries = self.table_page(low)?;
+        let field = chunk_entry::STREAM_OFFSET.start;
+        let page = self.last_page_whose_first(field, stream_offset.0)?;
+        let entries = self.table_page(page)?;
         let holds = |entry: &&ChunkEntry| {
             entry.stream_offset <= stream_offset && stream_offset.0 < entry.stream_end()
         };
         entries.iter().find(holds).copied().ok_or(missing)
     }
 
-    /// Where the first chunk of a table page begins in the stream. Not verified: it only guides a search.
-    fn first_stream_offset(&self, page: u32) -> Result<u64, ContainerError> {
-        let first = self.table.page_range(page).start;
-        let mut bytes = [0; 8];
-        read_at(
-            &self.reader,
-            &mut bytes,
-            self.table_offset + self.table.entry_position(first) + 8,
-        )?;
-        Ok(u64::from_le_bytes(bytes))
+    /// The table page that holds the last chunk which begins at `offset` of the file or before; the first one if none does.
+    ///
+    /// # Errors
+    /// [`ContainerError::Read`].
+    pub fn table_page_of_file_offset(&self, offset: FileOffset) -> Result<u32, ContainerError> {
+        self.last_page_whose_first(chunk_entry::STORED_OFFSET.start, offset.0)
+    }
+
+    /// The last table page whose first entry has a value of at most `most` at `field`; the first one if none has. Not
+    /// verified: it only guides a search.
+    fn last_page_whose_first(&self, field: usize, most: u64) -> Result<u32, ContainerError> {
+        let (mut low, mut high) = (0, self.table.table_page_count);
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            let first = self.table.page_range(middle).start;
+            let at = self.table_offset + self.table.entry_position(first) + field as u64;
+            let mut bytes = [0; 8];
+            read_at(&self.reader, &mut bytes, at)?;
+            match u64::from_le_bytes(bytes) <= most {
+                true => low = middle,
+                false => high = middle,
+            }
+        }
+        Ok(low)
     }
 
     /// Reads a chunk's stored bytes into `buf` and checks them, see [`ChunkEntry::check_stored`].

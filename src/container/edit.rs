@@ -103,7 +103,7 @@ impl<'s> Edit<'s> {
     pub fn add(&mut self, section: SectionType, payload: &[u8]) -> Result<(), ContainerError> {
         let is_free = match section {
             SectionType::Signature | SectionType::Other(_) => true,
-            SectionType::PageMap => !self.out.has(section),
+            SectionType::PageMap | SectionType::WorkingSet => !self.out.has(section),
             _ => false,
         };
         match is_free {

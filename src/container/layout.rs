@@ -97,6 +97,8 @@ pub enum SectionType {
     PageMap,
     /// `SIGN`: a signature.
     Signature,
+    /// `WSET`: the working set.
+    WorkingSet,
     /// `DIR `: the directory.
     Directory,
     /// `FOOT`: the footer.
@@ -109,13 +111,14 @@ pub enum SectionType {
 
 impl SectionType {
     /// The types that this page names.
-    pub const KNOWN: [SectionType; 9] = [
+    pub const KNOWN: [SectionType; 10] = [
         SectionType::Head,
         SectionType::Xml,
         SectionType::Manifest,
         SectionType::ChunkTable,
         SectionType::PageMap,
         SectionType::Signature,
+        SectionType::WorkingSet,
         SectionType::Directory,
         SectionType::Footer,
         SectionType::Data,
@@ -130,6 +133,7 @@ impl SectionType {
             SectionType::ChunkTable => *b"CHNK",
             SectionType::PageMap => *b"PMAP",
             SectionType::Signature => *b"SIGN",
+            SectionType::WorkingSet => *b"WSET",
             SectionType::Directory => *b"DIR ",
             SectionType::Footer => *b"FOOT",
             SectionType::Data => *b"DATA",
@@ -147,7 +151,10 @@ impl SectionType {
     pub fn is_critical(self) -> bool {
         !matches!(
             self,
-            SectionType::PageMap | SectionType::Signature | SectionType::Other(_)
+            SectionType::PageMap
+                | SectionType::Signature
+                | SectionType::WorkingSet
+                | SectionType::Other(_)
         )
     }
 
@@ -157,7 +164,7 @@ impl SectionType {
             SectionType::Head if layout == Layout::Zstd => 1..2,
             SectionType::Head => 0..1,
             SectionType::Xml | SectionType::Manifest | SectionType::ChunkTable => 1..2,
-            SectionType::PageMap => 0..2,
+            SectionType::PageMap | SectionType::WorkingSet => 0..2,
             SectionType::Directory | SectionType::Footer | SectionType::Data => 0..1,
             SectionType::Signature | SectionType::Other(_) => 0..usize::MAX,
         }
@@ -308,6 +315,11 @@ structures! {
     signature {
         STATEMENT_LEN = 32..36;
         SIGNATURE_LEN = 36..40;
+    }
+
+    /// `WSET`, from the section's start; §15.
+    working_set {
+        WORKING_SET_COUNT = 32..36;
     }
 }
 

@@ -78,6 +78,10 @@ pub struct Guest {
     pub run_state: String,
     /// Whether a restore lets it run.
     pub was_running: bool,
+    /// Whether it ran on after the moment that the image shows: its disks, unless it could only read them, went on without
+    /// the image.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub ran_on: bool,
     /// Members this version does not know.
     #[serde(flatten)]
     pub other: Other,
@@ -219,13 +223,23 @@ pub struct StreamSummary {
     pub zero_pages: u64,
     /// Whether the JSON about the device sections follows them.
     pub vmdescription: bool,
-    /// `migration`: QEMU wrote the stream. `memory`: it was made from the memory of QEMU and its device state. Absent if
-    /// that is not known.
+    /// `migration`: QEMU wrote the stream. `memory`: it was made from the memory of QEMU and its device state. `live`: QEMU
+    /// wrote it while the guest ran on. Absent if that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capture: Option<String>,
+    /// Where in the stream the device state begins, in bytes. Absent in images of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_state_at: Option<u64>,
+    /// The image digest of the image that this one was made from, if that had another stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_from: Option<String>,
     /// Members this version does not know.
     #[serde(flatten)]
     pub other: Other,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 impl Manifest {

@@ -8,6 +8,7 @@
 
 pub mod layout;
 
+mod chunk_pages;
 mod chunk_table;
 mod chunks;
 mod directory;
@@ -23,9 +24,11 @@ mod section;
 mod signature;
 mod verify;
 mod walk;
+mod working_set;
 mod writer;
 mod zstd_frame;
 
+pub use chunk_pages::{ChunkPages, PlacedPage};
 pub use chunk_table::{ChunkEntry, ChunkKind};
 pub use chunks::ChunkIter;
 pub use directory::DirectoryEntry;
@@ -40,7 +43,8 @@ pub use reader::Image;
 pub use section::FrameHeader;
 pub use signature::{Signature, sign_payload};
 pub use walk::TornTail;
-pub use writer::{Finished, ImageWriter, StoredChunk};
+pub use working_set::working_set_payload;
+pub use writer::{Finished, ImageWriter, PlacedChunk, StoredChunk};
 
 use uuid::Uuid;
 

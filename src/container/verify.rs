@@ -93,6 +93,7 @@ impl<R: ReadAt> Image<R> {
             SectionType::Manifest if entry.is_live => self.manifest().map(drop),
             SectionType::Signature if entry.is_live => self.signatures().map(drop),
             SectionType::PageMap if entry.is_live => self.page_map().map(drop),
+            SectionType::WorkingSet if entry.is_live => self.working_set().map(drop),
             _ => Ok(()),
         }
     }
@@ -215,6 +216,16 @@ impl<R: ReadAt> Image<R> {
         let mut at = start;
         let mut buf = Vec::new();
         while at < end {
+            let data = self.reader.next_data(at);
+            let data = data.map_err(|source| ContainerError::Read {
+                at: FileOffset(at),
+                source,
+            })?;
+            // A hole is zero, however long it takes to read it.
+            at = data.max(at);
+            if at >= end {
+                break;
+            }
             buf.resize(usize::try_from((end - at).min(PIECE_LEN)).unwrap_or(0), 0);
             read_at(&self.reader, &mut buf, at)?;
             if let Some(position) = buf.iter().position(|byte| *byte != 0) {

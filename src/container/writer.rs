@@ -5,7 +5,7 @@
 //!
 //! Source: spec/container.md.
 
-use crate::bytes::Sink;
+use crate::bytes::{Sink, WriteAt};
 use crate::digest::Digest;
 use crate::units::{ChunkIndex, FileOffset, StreamOffset};
 
@@ -34,6 +34,19 @@ pub struct StoredChunk<'a> {
     pub raw_digest: Digest,
     /// Whether `stored` is a frame.
     pub kind: ChunkKind,
+}
+
+/// A chunk that lies in its place already: its bytes are stored as they are.
+#[derive(Debug, Clone, Copy)]
+pub struct PlacedChunk {
+    /// Where it begins in the file.
+    pub offset: FileOffset,
+    /// How many bytes it has.
+    pub len: u32,
+    /// CRC-32C of its bytes.
+    pub crc: u32,
+    /// SHA-256 of its bytes.
+    pub digest: Digest,
 }
 
 /// What was written.
@@ -65,6 +78,8 @@ pub struct ImageWriter<'s> {
     entries: Vec<[u8; CHUNK_ENTRY_LEN]>,
     pages: PageDigests,
     stream_len: u64,
+    /// Whether chunks were written in their places, where the sink does not append yet.
+    is_placed: bool,
     table: Option<(TableHead, Vec<Digest>)>,
 }
 
@@ -129,6 +144,7 @@ impl<'s> ImageWriter<'s> {
             entries,
             pages,
             stream_len,
+            is_placed: false,
             table,
         })
     }
@@ -157,9 +173,7 @@ impl<'s> ImageWriter<'s> {
             raw_digest: chunk.raw_digest,
         };
         self.out.append_payload(chunk.stored)?;
-        self.stream_len += u64::from(chunk.raw_len);
-        self.pages.push(entry.raw_len, &entry.raw_digest);
-        self.entries.push(entry.write());
+        self.note(&entry);
         Ok(index)
     }
 
@@ -203,6 +217,52 @@ impl<'s> ImageWriter<'s> {
         Ok(())
     }
 
+    /// Where the payload of layout `mapped` is written before its chunks are named with [`ImageWriter::place_chunk`]; `None`
+    /// where the sink has no places.
+    pub fn places(&self) -> Option<&dyn WriteAt> {
+        self.out.sink.places()
+    }
+
+    /// Names the next chunk, which lies in its place; layout `mapped` only. What is between the chunk before and this
+    /// one must never have been written. The payload ends with the last chunk.
+    ///
+    /// # Errors
+    /// [`ContainerError::ChunkNotAllowed`] if it does not lie behind the one before, or sections were already appended.
+    pub fn place_chunk(&mut self, chunk: &PlacedChunk) -> Result<ChunkIndex, ContainerError> {
+        let index = ChunkIndex(self.entries.len() as u64);
+        let is_allowed = self.layout == Layout::Mapped
+            && self.table.is_none()
+            && (1..=self.max_chunk_len).contains(&chunk.len)
+            && chunk.offset.0 >= self.out.position;
+        if !is_allowed {
+            let layout = self.layout;
+            return Err(ContainerError::ChunkNotAllowed {
+                layout,
+                chunk: index,
+            });
+        }
+        self.out.position = chunk.offset.0 + u64::from(chunk.len);
+        self.is_placed = true;
+        self.note(&ChunkEntry {
+            index,
+            stored_offset: chunk.offset,
+            stream_offset: StreamOffset(self.stream_len),
+            stored_len: chunk.len,
+            raw_len: chunk.len,
+            kind: ChunkKind::Plain,
+            stored_crc: chunk.crc,
+            raw_digest: chunk.digest,
+        });
+        Ok(index)
+    }
+
+    /// Enters a chunk into the table.
+    fn note(&mut self, entry: &ChunkEntry) {
+        self.stream_len += u64::from(entry.raw_len);
+        self.pages.push(entry.raw_len, &entry.raw_digest);
+        self.entries.push(entry.write());
+    }
+
     /// Bytes appended so far.
     pub fn position(&self) -> u64 {
         self.out.position
@@ -219,6 +279,9 @@ impl<'s> ImageWriter<'s> {
                     chunk: ChunkIndex(0),
                     chunk_count: 0,
                 });
+            }
+            if self.is_placed {
+                self.out.append_from_here()?;
             }
             let digests = std::mem::take(&mut self.pages).finish();
             let chunk_count = self.entries.len() as u64;
@@ -262,9 +325,10 @@ impl<'s> ImageWriter<'s> {
         let is_there = self.out.has(section);
         match section {
             SectionType::Xml | SectionType::Manifest if !self.out.has(SectionType::ChunkTable) => {}
-            SectionType::PageMap | SectionType::Signature | SectionType::Other(_) => {
-                self.append_table()?
-            }
+            SectionType::PageMap
+            | SectionType::WorkingSet
+            | SectionType::Signature
+            | SectionType::Other(_) => self.append_table()?,
             _ => return Err(ContainerError::SectionNotAllowed { section }),
         }
         if is_once && is_there {
@@ -375,6 +439,13 @@ impl SectionAppender<'_> {
             .map_err(|source| ContainerError::Write { at, source })?;
         self.position += bytes.len() as u64;
         Ok(())
+    }
+
+    /// Lets the sink append at the position, behind what was written in its place.
+    fn append_from_here(&mut self) -> Result<(), ContainerError> {
+        let at = FileOffset(self.position);
+        let moved = self.sink.append_from(self.position);
+        moved.map_err(|source| ContainerError::Write { at, source })
     }
 
     /// Notes a section that was just appended.

@@ -59,8 +59,8 @@ pub enum HostError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The runtime directory is no directory, belongs to somebody else, or others may write to it.
-    #[error("{} cannot be the runtime directory: {problem}", path.display())]
+    /// A directory for our guests is no directory, belongs to somebody else, or others may write to it.
+    #[error("{} cannot be used: {problem}", path.display())]
     UnsafeDirectory {
         /// The directory.
         path: PathBuf,
@@ -93,6 +93,17 @@ pub enum HostError {
         /// The file name looked for.
         binary: String,
     },
+    /// The program that makes throwaway overlays is not in `PATH`.
+    #[error("qemu-img is not in PATH; it makes the throwaway overlays")]
+    NoQemuImg,
+    /// No throwaway overlay could be made over a disk.
+    #[error("no throwaway overlay can be laid over {}{}", base.display(), in_use(words))]
+    NoOverlay {
+        /// The disk's own file.
+        base: PathBuf,
+        /// The words of qemu-img.
+        words: String,
+    },
     /// A binary that does not answer as QEMU does.
     #[error("{} {argument} did not answer as QEMU does: {answer:?}", path.display())]
     NotQemu {
@@ -112,11 +123,26 @@ fn list(found: &[String]) -> String {
     }
 }
 
+/// What a refused lock means.
+fn in_use(words: &str) -> &'static str {
+    match words.contains("lock") {
+        true => ": a guest that still runs writes to it",
+        false => "",
+    }
+}
+
 impl Blame for HostError {
     fn kind(&self) -> ErrorKind {
         match self {
             HostError::BadName { .. } => ErrorKind::Usage,
             _ => ErrorKind::Host,
+        }
+    }
+
+    fn facts(&self) -> Vec<String> {
+        match self {
+            HostError::NoOverlay { words, .. } => words.lines().map(str::to_owned).collect(),
+            _ => Vec::new(),
         }
     }
 }

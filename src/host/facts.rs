@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use serde::{Deserialize, Serialize};
 
 use super::error::HostError;
+use super::facts_cache;
 use crate::digest::{Digest, Hasher};
 
 /// The QEMU that is looked for in `PATH`.
@@ -66,6 +67,17 @@ pub enum Userfaultfd {
     NotPermitted,
     /// The kernel lacks it.
     Missing,
+}
+
+impl Userfaultfd {
+    /// Why it cannot be used; `None` if it can.
+    pub fn obstacle(self) -> Option<&'static str> {
+        match self {
+            Userfaultfd::Available => None,
+            Userfaultfd::NotPermitted => Some("this user may not use userfaultfd"),
+            Userfaultfd::Missing => Some("this kernel has no userfaultfd"),
+        }
+    }
 }
 
 /// Enough to see that a file was changed or replaced.
@@ -176,12 +188,16 @@ fn is_read_write(path: &str) -> bool {
 /// # Errors
 /// [`HostError::NoQemu`] if there is none.
 pub fn find_qemu() -> Result<PathBuf, HostError> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let mut candidates = env::split_paths(&path).map(|directory| directory.join(QEMU_BINARY));
-    let found = candidates.find(|candidate| is_program(candidate));
-    found.ok_or_else(|| HostError::NoQemu {
+    find_program(QEMU_BINARY).ok_or_else(|| HostError::NoQemu {
         binary: QEMU_BINARY.to_owned(),
     })
+}
+
+/// The first program of that name in `PATH`.
+pub(super) fn find_program(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut candidates = env::split_paths(&path).map(|directory| directory.join(name));
+    candidates.find(|candidate| is_program(candidate))
 }
 
 fn is_program(path: &Path) -> bool {
@@ -189,17 +205,22 @@ fn is_program(path: &Path) -> bool {
 }
 
 impl QemuFacts {
-    /// Asks a QEMU binary what it is and offers. It runs three times for some 12 ms each, twice at the same time.
+    /// What a QEMU binary is and offers. It is asked, for which it runs three times for some 12 ms each, unless it was asked
+    /// before and is untouched since.
     ///
     /// # Errors
     /// [`HostError::NotQemu`] if it does not answer as QEMU does.
     pub fn probe(binary: &Path) -> Result<Self, HostError> {
-        let greeting = answer(binary, ask(binary, &["--version"])?)?;
-        let (version, package) = parse_version(&greeting).ok_or_else(|| HostError::NotQemu {
-            path: binary.to_owned(),
-            argument: "--version",
-            answer: greeting.chars().take(200).collect(),
-        })?;
+        if let Some(kept) = facts_cache::kept(binary) {
+            return Ok(kept);
+        }
+        let facts = QemuFacts::ask(binary)?;
+        facts_cache::keep(binary, &facts);
+        Ok(facts)
+    }
+
+    fn ask(binary: &Path) -> Result<Self, HostError> {
+        let (version, package) = version_and_package(binary)?;
         let machines = ask(binary, &["-machine", "help"])?;
         let accelerators = ask(binary, &["-accel", "help"])?;
         Ok(QemuFacts {
@@ -216,6 +237,23 @@ impl QemuFacts {
         let found = self.machines.iter().find(|machine| machine.name == name)?;
         Some(found.alias_of.as_deref().unwrap_or(&found.name))
     }
+}
+
+/// The version of a QEMU binary, which runs once for some 12 ms.
+///
+/// # Errors
+/// [`HostError::NotQemu`] if it does not answer as QEMU does.
+pub fn qemu_version(binary: &Path) -> Result<Version, HostError> {
+    version_and_package(binary).map(|(version, _)| version)
+}
+
+fn version_and_package(binary: &Path) -> Result<(Version, Option<String>), HostError> {
+    let greeting = answer(binary, ask(binary, &["--version"])?)?;
+    parse_version(&greeting).ok_or_else(|| HostError::NotQemu {
+        path: binary.to_owned(),
+        argument: "--version",
+        answer: greeting.chars().take(200).collect(),
+    })
 }
 
 /// Starts the binary, to say something on its standard output and end.

@@ -166,7 +166,8 @@ fn state_directory() -> Option<PathBuf> {
     directory_of("XDG_STATE_HOME", ".local/state")
 }
 
-fn directory_of(variable: &str, below_home: &str) -> Option<PathBuf> {
+/// Where this program keeps something: below what `variable` says, else below the home directory.
+pub(super) fn directory_of(variable: &str, below_home: &str) -> Option<PathBuf> {
     let absolute = |name: &str| {
         std::env::var_os(name)
             .map(PathBuf::from)

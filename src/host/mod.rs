@@ -7,19 +7,24 @@ pub mod keys;
 
 mod error;
 mod facts;
+mod facts_cache;
 mod memory;
 mod monitor;
+mod overlays;
 mod process;
 mod process_memory;
 mod runtime;
+mod userfault;
 
 pub use error::HostError;
 pub use facts::{
     FileIdentity, MachineName, QEMU_BINARY, QemuFacts, Userfaultfd, Version, file_digest,
-    file_digest_while, find_qemu, free_space, is_kvm_accessible, userfaultfd,
+    file_digest_while, find_qemu, free_space, is_kvm_accessible, qemu_version, userfaultfd,
 };
 pub use memory::{available_memory, resident_bytes};
 pub use monitor::{Monitor, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets};
-pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock};
+pub use overlays::{OverlayRoot, Overlays, is_throwaway};
+pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock, has_userfaultfd};
 pub use process_memory::{Backing, MOST_SLICES, ProcessMemory};
 pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};
+pub use userfault::Userfault;

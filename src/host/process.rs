@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{self, ErrorKind as IoKind};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -93,6 +93,17 @@ impl ProcessId {
     }
 }
 
+/// Whether a process has a userfaultfd: QEMU while it watches what the guest writes. `None` if we may not look.
+pub fn has_userfaultfd(pid: i32) -> Option<bool> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    let targets = fds.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    Some(
+        targets
+            .into_iter()
+            .any(|target| target.to_string_lossy().contains("[userfaultfd]")),
+    )
+}
+
 /// Says to others who ask that somebody has begun something with a process; ends with this value or its process.
 #[derive(Debug)]
 pub struct ProcessLock {
@@ -121,6 +132,12 @@ impl ProcessId {
             Err(Errno::WOULDBLOCK) => Ok(None),
             Err(errno) => Err(failed(self.pid, "flock", errno.into())),
         }
+    }
+}
+
+impl AsFd for ProcessHandle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 }
 

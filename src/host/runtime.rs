@@ -74,12 +74,36 @@ impl RuntimeDir {
         let mut number = 1_u32;
         loop {
             let guest = self.guest_dir(&numbered(name, number));
-            check_socket_path(&guest.qmp_socket())?;
-            match DirBuilder::new().mode(0o700).create(&guest.path) {
-                Ok(()) => return Ok(guest),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
-                Err(error) => return Err(failed("create", &guest.path)(error)),
+            match self.make(guest)? {
+                Some(guest) => return Ok(guest),
+                None => number += 1,
             }
+        }
+    }
+
+    /// Makes the directory of a clone: `NAME-1`, or with the next number that is free.
+    ///
+    /// # Errors
+    /// As [`RuntimeDir::create_guest`].
+    pub fn create_clone(&self, name: &str) -> Result<GuestDir, HostError> {
+        check_name(name)?;
+        let mut number = 1_u32;
+        loop {
+            let guest = self.guest_dir(&suffixed(name, number));
+            match self.make(guest)? {
+                Some(guest) => return Ok(guest),
+                None => number += 1,
+            }
+        }
+    }
+
+    /// Makes this directory; `None` if it is there.
+    fn make(&self, guest: GuestDir) -> Result<Option<GuestDir>, HostError> {
+        check_socket_path(&guest.qmp_socket())?;
+        match DirBuilder::new().mode(0o700).create(&guest.path) {
+            Ok(()) => Ok(Some(guest)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
+            Err(error) => Err(failed("create", &guest.path)(error)),
         }
     }
 
@@ -117,6 +141,18 @@ impl RuntimeDir {
 }
 
 impl GuestDir {
+    /// The directory at `path`, which another process of ours named.
+    ///
+    /// # Errors
+    /// [`HostError::BadName`] if no guest's directory can be called so.
+    pub fn at(path: &Path) -> Result<Self, HostError> {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = name.unwrap_or_default().to_owned();
+        check_name(&name)?;
+        let path = path.to_owned();
+        Ok(GuestDir { name, path })
+    }
+
     /// The guest's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -147,8 +183,44 @@ impl GuestDir {
         self.path.join("guest.json")
     }
 
-    /// Removes the directory and all in it; that it is gone already is no error.
+    /// Where who gives it its memory tells how far that is.
+    pub fn serving(&self) -> PathBuf {
+        self.path.join("serving.json")
+    }
+
+    /// What who gives it its memory has to know.
+    pub fn lazy(&self) -> PathBuf {
+        self.path.join("lazy.json")
+    }
+
+    /// Where the monitor listens that its keeper holds.
+    pub fn keeper_monitor(&self) -> PathBuf {
+        self.path.join("keeper.qmp")
+    }
+
+    /// Where its keeper listens.
+    pub fn keeper_socket(&self) -> PathBuf {
+        self.path.join("keeper.sock")
+    }
+
+    /// Where it is noted that its image is damaged.
+    pub fn damage(&self) -> PathBuf {
+        self.path.join("damaged.json")
+    }
+
+    /// Where it is noted who verifies its image while it runs.
+    pub fn verifier(&self) -> PathBuf {
+        self.path.join("verifier.json")
+    }
+
+    /// Where the directory of its throwaway overlays is named, if it has any.
+    pub fn overlays(&self) -> PathBuf {
+        self.path.join("overlays")
+    }
+
+    /// Removes the directory and all in it, and the guest's throwaway overlays; that they are gone already is no error.
     pub fn remove(&self) -> Result<(), HostError> {
+        super::overlays::remove_of(self)?;
         match fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(failed("remove", &self.path)(error))
@@ -183,9 +255,13 @@ pub fn sanitise_name(text: &str) -> String {
 
 /// The name for the `number`-th guest of that name, no longer than a name may be.
 fn numbered(name: &str, number: u32) -> String {
-    if number == 1 {
-        return name.to_owned();
+    match number {
+        1 => name.to_owned(),
+        _ => suffixed(name, number),
     }
+}
+
+fn suffixed(name: &str, number: u32) -> String {
     let suffix = format!("-{number}");
     let room = NAME_LIMIT - suffix.len();
     format!("{}{suffix}", name.get(..room).unwrap_or(name))
@@ -210,7 +286,7 @@ fn check_socket_path(path: &Path) -> Result<(), HostError> {
     }
 }
 
-fn check_is_ours(path: &Path) -> Result<(), HostError> {
+pub(super) fn check_is_ours(path: &Path) -> Result<(), HostError> {
     let metadata = fs::symlink_metadata(path).map_err(failed("read", path))?;
     let mode = metadata.permissions().mode() & 0o7777;
     let problem = if !metadata.is_dir() {
@@ -228,7 +304,7 @@ fn check_is_ours(path: &Path) -> Result<(), HostError> {
     })
 }
 
-fn failed(act: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HostError {
+pub(super) fn failed(act: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HostError {
     let path = path.to_owned();
     move |source| HostError::File { act, path, source }
 }
@@ -256,6 +332,14 @@ mod tests {
         ));
         assert_eq!(runtime.guests().unwrap().len(), 2);
         assert_eq!(runtime.create_guest("web").unwrap().name(), "web-2");
+    }
+
+    #[test]
+    fn clones_are_counted_from_one() {
+        let (_dir, runtime) = runtime();
+        runtime.create_guest("web-2").unwrap();
+        let names = [(); 3].map(|()| runtime.create_clone("web").unwrap().name().to_owned());
+        assert_eq!(names, ["web-1", "web-3", "web-4"]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::container::layout::{FRAME_MAGIC, SECTION_MAGIC};
 use crate::container::{ContainerError, Image, SectionType, TornTail};
 use crate::error::{Blame, Error, ErrorKind, Result};
 use crate::store::{FileSource, Location, spool};
-use crate::stream::{Event, Parser, is_stream_start};
+use crate::stream::{Event, Parser, StreamError, is_stream_start};
 
 /// Bytes read at a time where a file is searched.
 const PIECE: u64 = 1 << 20;
@@ -135,10 +135,17 @@ fn stream_end(source: &FileSource) -> Result<Option<u64>> {
     if !is_stream_start(&magic) {
         return Ok(None);
     }
-    let device_state = scan(source, source.len())?.0;
+    let mut layout: fn() -> Parser = Parser::new;
+    let device_state = match scan(source, source.len(), layout()) {
+        Err(error) if is_mapped_ram(&error) => {
+            layout = Parser::mapped_ram;
+            scan(source, source.len(), layout())?.0
+        }
+        other => other?.0,
+    };
     let mut candidate = device_state;
     while let Some(at) = next_section(source, candidate)? {
-        if scan(source, at)?.1.finish().is_ok() {
+        if scan(source, at, layout())?.1.finish().is_ok() {
             return Ok(Some(at));
         }
         candidate = at + 1;
@@ -146,9 +153,12 @@ fn stream_end(source: &FileSource) -> Result<Option<u64>> {
     Ok(None)
 }
 
+fn is_mapped_ram(error: &Error) -> bool {
+    matches!(error.downcast_ref(), Some(StreamError::MappedRam { .. }))
+}
+
 /// Parses the first `len` bytes; gives where device state begins, or where parsing stopped, and the parser.
-fn scan(source: &FileSource, len: u64) -> Result<(u64, Parser)> {
-    let mut parser = Parser::new();
+fn scan(source: &FileSource, len: u64, mut parser: Parser) -> Result<(u64, Parser)> {
     let mut device_state = None;
     let mut rest: Vec<u8> = Vec::new();
     let mut read = 0;
@@ -173,6 +183,11 @@ fn scan(source: &FileSource, len: u64) -> Result<(u64, Parser)> {
                 }
             }
             parsed += element.len;
+            if matches!(element.event, Event::MappedBlock { .. }) {
+                // What follows lies behind the block's pages.
+                read = parser.position().0;
+                parsed = rest.len();
+            }
         }
         rest.drain(..parsed);
     }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::ways::{Ways, ways};
 use crate::container::Manifest;
 use crate::error::Result;
 use crate::image::{OpenedImage, Trust};
@@ -33,6 +34,8 @@ pub struct ImageDescription {
     pub chunks: u64,
     /// Whose it is.
     pub trust: Trust,
+    /// In which ways it can be restored here.
+    pub restores: Ways,
     /// Bytes behind the last whole generation, if the last edit was cut off.
     pub torn_bytes: Option<u64>,
     /// The sections in it: type, generation, bytes, whether it is live.
@@ -75,7 +78,10 @@ pub fn describe(opened: &OpenedImage) -> Result<ImageDescription> {
         len: entry.length,
         is_live: entry.is_live,
     });
+    let manifest = image.manifest()?;
+    let trust = Trust::of(image)?;
     Ok(ImageDescription {
+        restores: ways(opened, &manifest, &trust)?,
         image: opened.location().to_string(),
         format_version: crate::container::layout::FORMAT_VERSION,
         layout: image.layout().to_string(),
@@ -85,10 +91,10 @@ pub fn describe(opened: &OpenedImage) -> Result<ImageDescription> {
         file_bytes: image.len(),
         stream_bytes: image.stream_len(),
         chunks: image.chunk_count(),
-        trust: Trust::of(image)?,
+        trust,
         torn_bytes: opened.torn().map(|torn| torn.file_len - torn.valid_len),
         sections: sections.collect(),
-        manifest: image.manifest()?,
+        manifest,
     })
 }
 

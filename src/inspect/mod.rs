@@ -3,7 +3,9 @@
 mod describe;
 mod stream_file;
 mod verify;
+mod ways;
 
 pub use describe::{ImageDescription, describe};
 pub use stream_file::{StreamDescription, describe_stream};
 pub use verify::{Depth, VerifyReport, verify};
+pub use ways::{Way, Ways};

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::bytes::ReadAt;
-use crate::container::{ContainerError, Image};
+use crate::container::{ContainerError, Image, Layout};
 use crate::error::{Error, Result};
 use crate::image::{OpenedImage, Trust};
 use crate::pipeline::{self, PipelineError};
@@ -163,7 +163,7 @@ impl Chunks {
         threads: usize,
         progress: &dyn Progress,
     ) -> Result<(), PipelineError> {
-        if depth == Depth::Deep {
+        if depth == Depth::Deep && image.layout() != Layout::Mapped {
             return pipeline::examine(image, threads, progress, &mut |_, raw| {
                 self.visit(raw.map_err(|error| Problem::of_chunk(error, image)));
                 Ok(())
@@ -175,7 +175,44 @@ impl Chunks {
         self.problems = damaged
             .map(|error| Problem::of_chunk(error, image))
             .collect();
-        Ok(checked.ended_by.map_or(Ok(()), Err)?)
+        checked.ended_by.map_or(Ok(()), Err)?;
+        match depth {
+            Depth::Deep => self.look_at_mapped(image, threads, progress),
+            _ => Ok(()),
+        }
+    }
+
+    /// Parses the stream that is made of pages in their places. With a damaged chunk there is none.
+    fn look_at_mapped<R: ReadAt>(
+        &mut self,
+        image: &Image<R>,
+        threads: usize,
+        progress: &dyn Progress,
+    ) -> Result<(), PipelineError> {
+        if !self.problems.is_empty() {
+            self.parser = None;
+            return Ok(());
+        }
+        let decoded = pipeline::decode(image, threads, progress, &mut |raw| {
+            self.parse(raw);
+            Ok(())
+        });
+        match decoded {
+            Err(PipelineError::Cancelled) => Err(PipelineError::Cancelled),
+            Err(error) => {
+                self.problems.push(Problem::of(&error.into()));
+                self.parser = None;
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn parse(&mut self, raw: &[u8]) {
+        if let Some(Err(error)) = self.parser.as_mut().map(|parser| parser.take(raw)) {
+            self.problems.push(Problem::of(&error));
+            self.parser = None;
+        }
     }
 
     fn visit(&mut self, raw: Result<&[u8], Problem>) {
@@ -183,10 +220,7 @@ impl Chunks {
             Ok(raw) => {
                 self.good += 1;
                 self.good_bytes += raw.len() as u64;
-                if let Some(Err(error)) = self.parser.as_mut().map(|parser| parser.take(raw)) {
-                    self.problems.push(Problem::of(&error));
-                    self.parser = None;
-                }
+                self.parse(raw);
             }
             Err(problem) => {
                 self.problems.push(problem);
@@ -228,7 +262,7 @@ impl StreamCheck {
             match element.event {
                 Event::Page { is_zero: true, .. } => self.zero_pages += 1,
                 Event::Page { is_zero: false, .. } => self.data_pages += 1,
-                Event::Framing | Event::DeviceState => {}
+                Event::Framing | Event::MappedBlock { .. } | Event::DeviceState => {}
             }
             parsed += element.len;
         }

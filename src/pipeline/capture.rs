@@ -20,8 +20,8 @@ use super::encode::{Encoded, Encoding};
 use super::gather::{Counts, Gatherer};
 use super::region::{Region, StoppedBlock};
 use super::sealing::{Buffer, Sealed, Sealer, pool};
-use super::{PipelineError, batch_len, window};
-use crate::container::{ImageWriter, PageMapBuilder};
+use super::{PipelineError, batch_len, mapped, window};
+use crate::container::{ImageWriter, Layout, PageMapBuilder};
 use crate::error::Error;
 use crate::host::ProcessMemory;
 use crate::progress::Progress;
@@ -42,7 +42,7 @@ pub struct StoppedGuestMemory {
 }
 
 impl StoppedGuestMemory {
-    fn ram_blocks(&self) -> Vec<RamBlock> {
+    pub(super) fn ram_blocks(&self) -> Vec<RamBlock> {
         self.blocks.iter().map(|it| it.block.clone()).collect()
     }
 
@@ -66,6 +66,9 @@ pub fn capture(
     encoding: &Encoding,
     progress: &dyn Progress,
 ) -> Result<Encoded, Error> {
+    if encoding.layout == Layout::Mapped {
+        return mapped::capture(guest, device_sections, image, encoding, progress);
+    }
     let threads = encoding.threads.max(1);
     let max_chunk_len = max_chunk_len(encoding.chunk_len);
     let window = window(threads, max_chunk_len);

@@ -3,6 +3,10 @@
 //! A chunk holds the page records of one aligned region of a RAMBlock, so that it usually equals its twin in the next
 //! save of the same guest. Regions of zero pages only are gathered, up to [`ZERO_REGIONS`] in one chunk; framing
 //! between pages and device state get chunks of their own. Pure: it is told of elements and answers with cuts.
+//!
+//! The pages of a guest that runs on come out of order: those that it is about to write to before all others. Then a
+//! chunk gathers pages as they come, up to the size of a region, and ends where a region begins if it is half full by
+//! then, so that a few loose pages do not move the cuts of all that come in order.
 
 use crate::container::PageMapBuilder;
 use crate::stream::parser::MAX_ELEMENT_LEN;
@@ -22,6 +26,9 @@ const SLACK: usize = 64 << 10;
 pub fn max_chunk_len(chunk_len: usize) -> usize {
     chunk_len / PAGE_LEN * (PAGE_LEN + RECORD_HEADER_LEN) + SLACK
 }
+
+/// Bytes read at once where pages are gathered: QEMU has to be relieved of them quickly.
+const GATHER_LEN: usize = 128 << 10;
 
 /// What the open chunk holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +56,10 @@ pub struct Chunker {
     unsettled: Vec<(usize, u64, usize)>,
     chunk: u32,
     page_map: Option<PageMapBuilder>,
+    /// Whether pages are gathered in whatever order they come.
+    gathers: bool,
+    /// The page before, and its block.
+    last: Option<(usize, u64)>,
 }
 
 impl Chunker {
@@ -63,6 +74,16 @@ impl Chunker {
             unsettled: Vec::new(),
             chunk: 0,
             page_map: None,
+            gathers: false,
+            last: None,
+        }
+    }
+
+    /// A chunker for pages that come out of order.
+    pub fn gathering(chunk_len: usize) -> Self {
+        Chunker {
+            gathers: true,
+            ..Chunker::new(chunk_len)
         }
     }
 
@@ -108,6 +129,12 @@ impl Chunker {
             (Content::DeviceState, Event::DeviceState) => {
                 (position >= self.device_state_len).then_some(position)
             }
+            (Content::Pages { .. }, Event::Page { block, page, .. }) if self.gathers => {
+                let is_next = page.0.checked_sub(1).map(|before| (*block, before)) == self.last;
+                let begins_region = page.0.is_multiple_of(self.region_pages);
+                let is_half_full = position as u64 * 2 >= self.region_pages * PAGE_LEN as u64;
+                (is_next && begins_region && is_half_full).then_some(position)
+            }
             (
                 Content::Pages {
                     block,
@@ -151,8 +178,22 @@ impl Chunker {
     /// Takes in `element`, which begins at `position` of the open chunk, after [`Chunker::cut_before`] said `None`.
     pub fn take(&mut self, element: &Element, position: usize) {
         match element.event {
-            Event::Framing => self.content = Content::Framing,
+            Event::Framing | Event::MappedBlock { .. } => self.content = Content::Framing,
             Event::DeviceState => self.content = Content::DeviceState,
+            Event::Page {
+                block,
+                page,
+                is_zero,
+                body,
+            } if self.gathers => {
+                self.content = Content::Pages {
+                    block,
+                    region: page.0 / self.region_pages,
+                    has_data: true,
+                };
+                self.last = Some((block, page.0));
+                self.map(block, page.0, position + body, is_zero);
+            }
             Event::Page {
                 block,
                 page,
@@ -215,6 +256,7 @@ impl Chunker {
     /// one has to be moved.
     pub fn read_len(&self, next_page: Option<u64>) -> usize {
         match (self.content, next_page) {
+            _ if self.gathers => GATHER_LEN,
             (Content::Pages { has_data: true, .. }, Some(page)) => {
                 let left = self.region_pages - page % self.region_pages;
                 usize::try_from(left).unwrap_or(0).max(1) * (PAGE_LEN + RECORD_HEADER_LEN)

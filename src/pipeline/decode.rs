@@ -5,13 +5,14 @@ use std::thread;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::load::{Loader, grow};
-use super::{PipelineError, batch_len, window, with_waiting};
+use super::{PipelineError, batch_len, mapped, window, with_waiting};
 use crate::bytes::ReadAt;
-use crate::container::{ChunkEntry, ContainerError, Image};
+use crate::container::{ChunkEntry, ContainerError, Image, Layout};
 use crate::digest::Digest;
 use crate::progress::Progress;
 
-/// Gives every chunk's raw bytes, verified, in stream order to `output`.
+/// Gives the migration stream of an image to `output`: every chunk's raw bytes, verified, in order. That of an image of layout
+/// `mapped` is made from its pages.
 ///
 /// No byte of a chunk reaches `output` before the chunk's checksum and digest were found right.
 ///
@@ -23,7 +24,10 @@ pub fn decode<R: ReadAt>(
     progress: &dyn Progress,
     output: &mut dyn FnMut(&[u8]) -> Result<(), PipelineError>,
 ) -> Result<(), PipelineError> {
-    examine(image, threads, progress, &mut |_, raw| output(raw?))
+    match image.layout() {
+        Layout::Mapped => mapped::decode(image, threads, progress, output),
+        _ => examine(image, threads, progress, &mut |_, raw| output(raw?)),
+    }
 }
 
 /// Does something with a chunk's verified raw bytes, on a worker.

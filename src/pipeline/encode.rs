@@ -7,7 +7,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::chunker::{Chunker, max_chunk_len};
 use super::sealing::{Buffer, Sealed, Sealer, append, pool};
-use super::{PipelineError, batch_len, window, with_waiting};
+use super::{PipelineError, batch_len, mapped, window, with_waiting};
 use crate::container::{ImageWriter, Layout, PageMapBuilder};
 use crate::progress::Progress;
 use crate::stream::{Element, Event, Parser, StreamSummary};
@@ -16,9 +16,9 @@ use crate::units::PAGE_LEN;
 /// How chunks are made.
 #[derive(Debug, Clone, Copy)]
 pub struct Encoding {
-    /// `zstd` compresses each chunk, `raw` stores it as it is.
+    /// `zstd` compresses each chunk, `raw` stores it as it is, `mapped` puts each page into its own place.
     pub layout: Layout,
-    /// zstd's level; of no meaning for `raw`.
+    /// zstd's level; of no meaning for the others.
     pub level: i32,
     /// Bytes of guest memory in a chunk: a power of two of at least one page.
     pub chunk_len: usize,
@@ -48,6 +48,9 @@ const MAX_CHUNKS: u64 = 1 << 19;
 /// The largest region of guest memory in one chunk.
 const MAX_CHUNK_LEN: usize = 8 << 20;
 
+/// Bytes of a running guest's stream that wait for workers, besides what [`encode()`] keeps.
+pub const LIVE_BUFFER_LEN: usize = 32 << 20;
+
 /// What a stream turned out to hold.
 pub struct Encoded {
     /// What the parser found, the stream being whole.
@@ -66,9 +69,44 @@ pub fn encode(
     encoding: &Encoding,
     progress: &dyn Progress,
 ) -> Result<Encoded, PipelineError> {
+    if encoding.layout == Layout::Mapped {
+        return mapped::encode(stream, image, encoding, progress);
+    }
+    let chunker = Chunker::new(encoding.chunk_len);
+    let window = window(encoding.threads, max_chunk_len(encoding.chunk_len));
+    encode_with(chunker, window, stream, image, encoding, progress)
+}
+
+/// As [`encode()`], of the stream of a guest that runs on: its pages may come in any order, and it waits for each page that
+/// it writes to until that was read. So up to [`LIVE_BUFFER_LEN`] bytes are kept for workers that cannot keep up.
+///
+/// # Errors
+/// As [`encode()`].
+pub fn encode_live(
+    stream: &mut dyn Read,
+    image: &mut ImageWriter<'_>,
+    encoding: &Encoding,
+    progress: &dyn Progress,
+) -> Result<Encoded, PipelineError> {
+    if encoding.layout == Layout::Mapped {
+        return mapped::encode(stream, image, encoding, progress);
+    }
+    let chunker = Chunker::gathering(encoding.chunk_len);
+    let max_chunk_len = max_chunk_len(encoding.chunk_len);
+    let window = window(encoding.threads, max_chunk_len) + LIVE_BUFFER_LEN / max_chunk_len;
+    encode_with(chunker, window, stream, image, encoding, progress)
+}
+
+fn encode_with(
+    chunker: Chunker,
+    window: usize,
+    stream: &mut dyn Read,
+    image: &mut ImageWriter<'_>,
+    encoding: &Encoding,
+    progress: &dyn Progress,
+) -> Result<Encoded, PipelineError> {
     let threads = encoding.threads.max(1);
     let max_chunk_len = max_chunk_len(encoding.chunk_len);
-    let window = window(threads, max_chunk_len);
     let batch = batch_len(threads, max_chunk_len);
     let (work, jobs) = bounded::<Job>(window);
     let (order, ordered) = bounded::<Receiver<Done>>(window);
@@ -82,7 +120,7 @@ pub fn encode(
         // A writer that failed takes its ends of the channels with it, or the cutter would wait on them for ever.
         let writer = scope.spawn(move || append_in_order(&ordered, image, &free));
         let read = Cutter::new(
-            encoding,
+            chunker,
             Dispatcher {
                 work,
                 order,
@@ -197,10 +235,10 @@ struct Cutter<'a> {
 }
 
 impl<'a> Cutter<'a> {
-    fn new(encoding: &Encoding, dispatcher: Dispatcher<'a>) -> Self {
+    fn new(chunker: Chunker, dispatcher: Dispatcher<'a>) -> Self {
         Cutter {
             parser: Parser::new(),
-            chunker: Chunker::new(encoding.chunk_len),
+            chunker,
             dispatcher,
             knows_blocks: false,
             next_page: None,

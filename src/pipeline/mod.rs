@@ -6,28 +6,38 @@
 //! themselves and the caller gets the rest.
 //!
 //! Memory is at most `8 × threads + 3` buffers of one chunk each way, and of what is made of them, whatever the guest's
-//! size. The first error stops all
-//! threads and is the one reported. The number of threads never changes a byte of the image.
+//! size; of a guest that runs on [`LIVE_BUFFER_LEN`] bytes more, for it waits while its stream is not read. The first error
+//! stops all threads and is the one reported. The number of threads never changes a byte of the image.
 
+mod beside;
 mod capture;
 mod check;
 mod chunker;
 mod cursor;
 mod decode;
+mod device_state;
 mod encode;
+mod fetch;
 mod gather;
 mod load;
+mod mapped;
 mod pipe;
 mod place;
+mod recode;
 mod region;
 mod sealing;
 
+pub use beside::{beside, side_by_side};
 pub use capture::{StoppedGuestMemory, capture};
 pub use check::{Checked, check};
 pub use decode::{decode, examine};
-pub use encode::{Encoded, Encoding, encode};
+pub use device_state::device_sections;
+pub use encode::{Encoded, Encoding, LIVE_BUFFER_LEN, encode, encode_live};
+pub use fetch::{ChunkTable, Fetcher, MOST_AT_ONCE};
+pub use mapped::MappedImage;
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
 pub use place::{Destination, Placement, place};
+pub use recode::{keeps_stream, recode};
 pub use region::StoppedBlock;
 
 use std::io;
@@ -39,7 +49,7 @@ use crate::container::ContainerError;
 use crate::error::{Blame, ErrorKind};
 use crate::host::HostError;
 use crate::stream::StreamError;
-use crate::units::StreamOffset;
+use crate::units::{PageIndex, StreamOffset};
 
 /// Bytes of guest memory in one chunk where nothing else is asked for.
 ///
@@ -111,6 +121,26 @@ pub enum PipelineError {
         /// Where in the stream, or its end where the whole does not agree.
         at: StreamOffset,
     },
+    /// There is no device state where it has to be.
+    #[error("the image holds no device state where its manifest says")]
+    DeviceState {
+        /// Where it has to be.
+        at: StreamOffset,
+    },
+    /// An image of layout `mapped` is written at many places, which a pipe has not.
+    #[error("layout mapped can only be written to a file")]
+    NoPlaces,
+    /// A stream without a configuration has nowhere to say that it is of the mapped-ram layout.
+    #[error("a guest of so old a machine type cannot be saved in layout mapped")]
+    NoConfiguration,
+    /// A page that the stream says is zero has bytes.
+    #[error("RAMBlock {idstr:?} has bytes in page {page}, which the stream says is zero")]
+    NotZero {
+        /// The RAMBlock.
+        idstr: String,
+        /// The page.
+        page: PageIndex,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Cancelled,
@@ -124,7 +154,11 @@ impl Blame for PipelineError {
         match self {
             PipelineError::Container(error) => error.kind(),
             PipelineError::Stream(error) => error.kind(),
-            PipelineError::PageMap { .. } => ErrorKind::Image,
+            PipelineError::PageMap { .. }
+            | PipelineError::DeviceState { .. }
+            | PipelineError::NotZero { .. } => ErrorKind::Image,
+            PipelineError::NoPlaces => ErrorKind::Usage,
+            PipelineError::NoConfiguration => ErrorKind::Host,
             PipelineError::Cancelled => ErrorKind::Interrupted,
             PipelineError::ElementTooLong { .. }
             | PipelineError::Memory(_)
@@ -139,9 +173,9 @@ impl Blame for PipelineError {
         match self {
             PipelineError::Container(error) => error.at(),
             PipelineError::Stream(error) => error.at(),
-            PipelineError::ElementTooLong { at, .. } | PipelineError::PageMap { at } => {
-                Some(format!("stream offset {at}"))
-            }
+            PipelineError::ElementTooLong { at, .. }
+            | PipelineError::PageMap { at }
+            | PipelineError::DeviceState { at } => Some(format!("stream offset {at}")),
             _ => None,
         }
     }

@@ -65,6 +65,31 @@ impl Region {
         Ok(())
     }
 
+    /// Fills `pages` with the region's pages, those that were touched; the others are left as they are.
+    ///
+    /// # Errors
+    /// [`PipelineError::Memory`] if the guest's memory cannot be read.
+    pub fn read_pages(
+        &self,
+        memory: &ProcessMemory,
+        block: &StoppedBlock,
+        pages: &mut [u8],
+    ) -> Result<(), PipelineError> {
+        let is_same = |before: &bool, next: &bool| before == next;
+        let mut first = self.first_page;
+        let mut rest = pages;
+        for run in self.touched.chunk_by(is_same) {
+            let (pages, behind) = rest.split_at_mut(run.len() * PAGE_LEN);
+            rest = behind;
+            if run.contains(&true) {
+                let read = memory.read(block.address_of(first), &mut [IoSliceMut::new(pages)]);
+                read.map_err(PipelineError::Memory)?;
+            }
+            first += run.len() as u64;
+        }
+        Ok(())
+    }
+
     /// Reads touched pages to where their bodies stand if none of them is zero.
     fn read_bodies(
         &self,
@@ -133,7 +158,8 @@ fn body_len(has_bytes: bool) -> usize {
     if has_bytes { PAGE_LEN } else { 1 }
 }
 
-fn is_zero(page: &[u8]) -> bool {
+/// Whether all bytes of a page are zero.
+pub fn is_zero(page: &[u8]) -> bool {
     let (blocks, rest) = page.as_chunks::<64>();
     blocks.iter().all(|block| *block == [0; 64]) && rest.iter().all(|byte| *byte == 0)
 }

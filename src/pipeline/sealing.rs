@@ -89,7 +89,11 @@ impl Sealer {
         self.seal_hashed(raw, Digest::of(raw))
     }
 
-    fn seal_hashed(&mut self, raw: &[u8], digest: Digest) -> Result<Sealed, PipelineError> {
+    /// As [`Sealer::seal`], of bytes whose digest is known.
+    ///
+    /// # Errors
+    /// [`PipelineError::Codec`].
+    pub fn seal_hashed(&mut self, raw: &[u8], digest: Digest) -> Result<Sealed, PipelineError> {
         let stored = match self.encoding.layout {
             Layout::Zstd => Some(self.compress(raw)?),
             Layout::Raw | Layout::Mapped => None,

@@ -109,6 +109,18 @@ impl QmpClient {
     /// [`QmpError::Connect`] if nobody listens, [`QmpError::MonitorBusy`] if nobody greets,
     /// [`QmpError::NotQmp`] if the greeting is another protocol's.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        Self::connect_with(path, timeout, Value::Null)
+    }
+
+    /// As [`QmpClient::connect`], with the capability `oob`: see [`QmpClient::execute_oob`].
+    ///
+    /// # Errors
+    /// As [`QmpClient::connect`].
+    pub fn connect_oob(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        Self::connect_with(path, timeout, json!({ "enable": ["oob"] }))
+    }
+
+    fn connect_with(path: &Path, timeout: Duration, wanted: Value) -> Result<Self, QmpError> {
         let patience = Patience::new(timeout, None);
         let not_greeted = |error| match error {
             WaitError::TimedOut { waited } => QmpError::MonitorBusy {
@@ -122,8 +134,9 @@ impl QmpClient {
         };
         let mut socket = LineSocket::connect(path, &patience).map_err(not_greeted)?;
         let mut line = socket.line(&patience).map_err(not_greeted)?;
-        // A guest that is just starting may have an event on its way before the greeting.
-        while serde_json::from_slice::<Event>(&line).is_ok() {
+        // A guest that is just starting may have an event on its way before the greeting, and the answer to a client that
+        // was killed reaches the next one.
+        while serde_json::from_slice::<Message>(&line).is_ok() {
             line = socket.line(&patience).map_err(not_greeted)?;
         }
         let version = parse_greeting(&line).ok_or_else(|| QmpError::NotQmp {
@@ -138,7 +151,7 @@ impl QmpClient {
             timeout,
             cancel: None,
         };
-        client.execute::<IgnoredAny>("qmp_capabilities", Value::Null)?;
+        client.execute::<IgnoredAny>("qmp_capabilities", wanted)?;
         client.timeout = DEFAULT_TIMEOUT;
         Ok(client)
     }
@@ -152,7 +165,20 @@ impl QmpClient {
         command: &str,
         arguments: Value,
     ) -> Result<T, QmpError> {
-        self.converse(command, arguments, None)
+        self.converse("execute", command, arguments, None)
+    }
+
+    /// Executes a command out of band: it is answered even while QEMU's main loop waits for a page of guest memory. Few
+    /// commands allow it, and only on a connection made by [`QmpClient::connect_oob`].
+    ///
+    /// # Errors
+    /// As [`QmpClient::execute`].
+    pub fn execute_oob<T: DeserializeOwned>(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<T, QmpError> {
+        self.converse("exec-oob", command, arguments, None)
     }
 
     /// Executes a command and passes a descriptor along with it (`SCM_RIGHTS`), as `getfd` and `add-fd` want.
@@ -165,7 +191,7 @@ impl QmpClient {
         arguments: Value,
         fd: BorrowedFd<'_>,
     ) -> Result<T, QmpError> {
-        self.converse(command, arguments, Some(fd))
+        self.converse("execute", command, arguments, Some(fd))
     }
 
     /// How long each following command may take.
@@ -232,6 +258,7 @@ impl QmpClient {
 
     fn converse<T: DeserializeOwned>(
         &mut self,
+        how: &str,
         command: &str,
         arguments: Value,
         fd: Option<BorrowedFd<'_>>,
@@ -239,7 +266,7 @@ impl QmpClient {
         let id = self.next_id;
         self.next_id += 1;
         let patience = Patience::new(self.timeout, self.cancel.clone());
-        let bytes = command_line(command, arguments, id)?;
+        let bytes = command_line(how, command, arguments, id)?;
         let sent = self.socket.send(&bytes, fd, &patience);
         sent.map_err(|error| ended(error, command))?;
         loop {
@@ -309,8 +336,8 @@ fn parse_greeting(line: &[u8]) -> Option<QemuVersion> {
     })
 }
 
-fn command_line(command: &str, arguments: Value, id: u64) -> Result<Vec<u8>, QmpError> {
-    let mut message = json!({ "execute": command, "id": id });
+fn command_line(how: &str, command: &str, arguments: Value, id: u64) -> Result<Vec<u8>, QmpError> {
+    let mut message = json!({ how: command, "id": id });
     if let (Some(fields), false) = (message.as_object_mut(), arguments.is_null()) {
         fields.insert("arguments".to_owned(), arguments);
     }

@@ -1,6 +1,7 @@
 //! What QEMU tells unasked.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -29,6 +30,19 @@ pub struct EventTime {
     pub seconds: i64,
     /// Microseconds within the second.
     pub microseconds: i64,
+}
+
+impl EventTime {
+    /// From `earlier` to this; `None` if one of them is not known, or the clock was set back between them.
+    pub fn since(self, earlier: EventTime) -> Option<Duration> {
+        let micros = |time: EventTime| {
+            let is_known = time.seconds >= 0 && time.microseconds >= 0;
+            let whole = time.seconds.checked_mul(1_000_000)?;
+            is_known.then_some(whole.checked_add(time.microseconds)?)
+        };
+        let passed = micros(self)?.checked_sub(micros(earlier)?)?;
+        u64::try_from(passed).ok().map(Duration::from_micros)
+    }
 }
 
 /// Events in the order of arrival, at most [`EVENT_LIMIT`].
@@ -75,6 +89,18 @@ mod tests {
         }
         assert!(queue.take_named("FIRST").is_none());
         assert_eq!(queue.take_all().len(), EVENT_LIMIT);
+    }
+
+    #[test]
+    fn the_time_between_events_is_exact_where_it_is_known() {
+        let time = |seconds, microseconds| EventTime {
+            seconds,
+            microseconds,
+        };
+        let passed = time(8, 500).since(time(7, 999_000));
+        assert_eq!(passed, Some(Duration::from_micros(1500)));
+        assert_eq!(time(7, 0).since(time(7, 1)), None);
+        assert_eq!(time(7, 0).since(time(-1, -1)), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use super::client::QmpClient;
@@ -57,6 +58,18 @@ impl MigrationStatus {
     pub fn is_active(&self) -> bool {
         use MigrationStatus::{Cancelled, Completed, Failed, None};
         !matches!(self, None | Cancelled | Completed | Failed)
+    }
+
+    /// Whether a guest runs of which part of the memory is elsewhere.
+    pub fn is_postcopy(&self) -> bool {
+        matches!(
+            self,
+            MigrationStatus::PostcopyActive
+                | MigrationStatus::PostcopyDevice
+                | MigrationStatus::PostcopyPaused
+                | MigrationStatus::PostcopyRecoverSetup
+                | MigrationStatus::PostcopyRecover
+        )
     }
 }
 
@@ -157,6 +170,12 @@ impl QmpClient {
     /// Begins to load a migration; only once, in a QEMU started with `-incoming defer`.
     pub fn migrate_incoming(&mut self, uri: &str) -> Result<(), QmpError> {
         self.order("migrate-incoming", json!({ "uri": uri }))
+    }
+
+    /// Lets a broken postcopy be taken up again by whoever connects to `uri`; out of band.
+    pub fn migrate_recover(&mut self, uri: &str) -> Result<(), QmpError> {
+        self.execute_oob::<IgnoredAny>("migrate-recover", json!({ "uri": uri }))
+            .map(|_| ())
     }
 }
 

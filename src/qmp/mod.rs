@@ -14,6 +14,7 @@ mod migration;
 mod name;
 mod ram;
 mod settings;
+mod snapshot;
 mod socket;
 
 pub use client::{DEFAULT_TIMEOUT, QemuVersion, QmpClient};
@@ -27,3 +28,4 @@ pub use line::LINE_LIMIT;
 pub use migration::{MigrationInfo, MigrationStatus, RamProgress};
 pub use ram::RamBlockAddress;
 pub use settings::SavedSettings;
+pub use snapshot::DiskSnapshot;

@@ -28,6 +28,7 @@ pub fn needs(manifest: &Manifest, arguments: &[String]) -> Result<GuestNeeds> {
         accelerator: machine.accelerator.clone(),
         memory_bytes: machine.memory_bytes,
         fingerprints: fingerprints(manifest, &resources),
+        drifted: drifted(manifest, &resources),
         resources,
     })
 }
@@ -44,6 +45,19 @@ fn backing_files(manifest: &Manifest, now: &ResourceTable) -> Vec<Resource> {
         .iter()
         .filter(|one| one.overlay_id().is_some_and(is_kept));
     backing.cloned().collect()
+}
+
+/// The disks with which the guest ran on after the save; one that was remapped is another by intention.
+fn drifted(manifest: &Manifest, now: &ResourceTable) -> BTreeSet<String> {
+    let saved = manifest.resources.iter().filter_map(resource);
+    let saved = saved.filter(|_| manifest.guest.ran_on);
+    let is_kept = |then: &Resource| {
+        let now = now.find(then.kind, &then.id);
+        now.is_some_and(|now| {
+            (&now.backend.path, &now.backend.host) == (&then.backend.path, &then.backend.host)
+        })
+    };
+    saved.filter(is_kept).map(|one| one.id).collect()
 }
 
 /// The saved fingerprints by path; a resource that was remapped has none, for it is another by intention.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::config::compat::Finding;
 use crate::error::{Blame, Error, ErrorKind};
 use crate::qmp::QmpError;
+use crate::supervise::Damage;
 
 /// Why a guest was not restored. The image is as it was, and no QEMU of ours is left.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,42 @@ pub enum RestoreError {
         /// Every reason and every warning.
         findings: Vec<Finding>,
     },
+    /// Clones would write to the same disks.
+    #[error("{guest} cannot be cloned: its clones would all write to {}", disks.join(" and "))]
+    SharedDisks {
+        /// The guest.
+        guest: String,
+        /// Its disks, quoted.
+        disks: Vec<String>,
+    },
+    /// Nothing tells the format of a disk's file, and the file itself is not asked: the guest wrote it.
+    #[error("{guest} was not restored: nothing tells the format of its disk {disk:?}")]
+    UnknownFormat {
+        /// The guest.
+        guest: String,
+        /// The disk.
+        disk: String,
+    },
+    /// One of several clones could not be restored.
+    #[error("clone {number} of {count} of {guest} was not restored; no clone is left")]
+    Clone {
+        /// The guest.
+        guest: String,
+        /// Which clone, from 1.
+        number: usize,
+        /// How many were asked for.
+        count: usize,
+        /// Why.
+        why: Error,
+    },
+    /// Each clone reads the image for itself.
+    #[error(
+        "clones are made of an image that lies in a file, not of one that comes through a pipe"
+    )]
+    ClonesOfPipe,
+    /// The image is not the one any more from which the clones before were made.
+    #[error("the image was replaced while clones were made of it")]
+    ImageReplaced,
     /// The working directory that the guest's relative paths start from is not there.
     #[error("the directory {} is missing, from which the paths of {guest} start", path.display())]
     NoDirectory {
@@ -79,12 +116,65 @@ pub enum RestoreError {
         /// QEMU's last words.
         words: String,
     },
+    /// Nobody gives the guest its memory any more.
+    #[error("nobody gives {guest} its memory any more: it waits at the next page that is missing")]
+    Unserved {
+        /// The guest.
+        guest: String,
+        /// What who gave it had to say, if it was not killed.
+        why: Option<String>,
+    },
+    /// The image turned out damaged when the guest ran already.
+    #[error("{guest} was frozen since its image is damaged: {}", damage.what)]
+    Frozen {
+        /// The guest.
+        guest: String,
+        /// What is damaged.
+        damage: Damage,
+    },
+    /// The guest's QEMU is gone.
+    #[error("{guest} has ended, after it had run: there is nothing left to go on with")]
+    Ended {
+        /// The guest.
+        guest: String,
+    },
+    /// A clone was cut off before it ran.
+    #[error("{guest} was cut off before it ran, and is a clone: nothing was lost")]
+    CutOffClone {
+        /// The clone.
+        guest: String,
+    },
+    /// What the guest asked for could not be kept in its image.
+    #[error("what the guest needed first could not be kept in its image")]
+    NotRecorded {
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The image is no file, or has no page map.
+    #[error("{guest} cannot be restored lazily: {why}")]
+    NotLazy {
+        /// The guest.
+        guest: String,
+        /// What is missing.
+        why: &'static str,
+    },
     /// QEMU did not get ready in time.
     #[error("QEMU did not load the migration stream within {} s", limit.as_secs())]
     TimedOut {
         /// The limit.
         limit: Duration,
     },
+    /// Memory can only be mapped from an image in which each page has a place of its own.
+    #[error(
+        "an image of layout {layout} cannot be mapped: its pages do not lie where memory could be"
+    )]
+    NotMapped {
+        /// Its layout.
+        layout: String,
+    },
+    /// Memory can only be mapped from a file.
+    #[error("an image that comes through a pipe cannot be mapped")]
+    MappedPipe,
     /// The image's stream has to begin with QEMU's magic; QEMU would wait for ever on anything else.
     #[error("the image holds no migration stream of QEMU")]
     NotAStream,
@@ -102,9 +192,16 @@ impl Blame for RestoreError {
     fn kind(&self) -> ErrorKind {
         match self {
             RestoreError::Untrusted { .. } => ErrorKind::Trust,
-            RestoreError::NameTaken { .. } => ErrorKind::Usage,
+            RestoreError::NameTaken { .. }
+            | RestoreError::NotMapped { .. }
+            | RestoreError::MappedPipe
+            | RestoreError::SharedDisks { .. }
+            | RestoreError::ClonesOfPipe => ErrorKind::Usage,
+            RestoreError::Clone { why, .. } => why.kind(),
             RestoreError::NotAStream | RestoreError::HeadDiffers { .. } => ErrorKind::Image,
             RestoreError::Damaged { why, .. } => why.kind(),
+            RestoreError::Frozen { .. } => ErrorKind::Image,
+            RestoreError::NotLazy { .. } => ErrorKind::Usage,
             _ => ErrorKind::Host,
         }
     }
@@ -115,6 +212,8 @@ impl Blame for RestoreError {
                 Some(at) => Some(format!("{at}, {pages}")),
                 None => Some(pages.clone()),
             },
+            RestoreError::Frozen { damage, .. } => damage.at.clone(),
+            RestoreError::Clone { why, .. } => why.at(),
             _ => None,
         }
     }
@@ -126,6 +225,14 @@ impl Blame for RestoreError {
                 .iter()
                 .map(|finding| format!("{} [{}]", finding.fact, finding.code))
                 .collect(),
+            RestoreError::Clone { why, .. } => {
+                let causes = why.causes().map(ToString::to_string);
+                std::iter::once(why.to_string())
+                    .chain(why.facts())
+                    .chain(causes)
+                    .collect()
+            }
+            RestoreError::Unserved { why: Some(why), .. } => vec![why.clone()],
             RestoreError::QemuGaveUp { words, .. } if !words.is_empty() => vec![words.clone()],
             _ => Vec::new(),
         }

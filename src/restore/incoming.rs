@@ -10,7 +10,7 @@ use rustix::pipe::PipeFlags;
 use serde::Serialize;
 
 use super::{Plan, RestoreError, placing};
-use crate::container::{Image, PageMap};
+use crate::container::{Image, Layout, PageMap};
 use crate::error::{Error, Result};
 use crate::host::{HostError, ProcessId, ProcessMemory};
 use crate::pipeline::{self, PipedImage, PipelineError};
@@ -34,6 +34,10 @@ pub enum Way {
     Placed,
     /// QEMU read it from the stream.
     Fed,
+    /// It gets it while the guest runs.
+    Lazy,
+    /// It is a private mapping of the image, all but small RAMBlocks.
+    Mapped,
 }
 
 /// What QEMU was given.
@@ -58,7 +62,10 @@ pub fn load(
     // Where we may not look at QEMU's memory, QEMU is fed.
     let memory = ProcessMemory::open(qemu).ok();
     let placement = match (&memory, page_map) {
-        (Some(memory), Some(page_map)) => placing::placement(qmp, memory, page_map)?,
+        // Placing takes page records apart, of which layout mapped has none.
+        (Some(memory), Some(page_map)) if image.layout() != Layout::Mapped => {
+            placing::placement(qmp, memory, page_map)?
+        }
         _ => None,
     };
     progress.begin("restoring", Some(image.stream_len()));
@@ -102,7 +109,7 @@ pub fn feed_from_pipe<R: Read>(
 }
 
 /// Writes a stream into a pipe that QEMU reads.
-struct Feeder<'a> {
+pub struct Feeder<'a> {
     qmp: &'a mut QmpClient,
     pipe: File,
     is_begun: bool,
@@ -111,7 +118,8 @@ struct Feeder<'a> {
 }
 
 impl<'a> Feeder<'a> {
-    fn new(qmp: &'a mut QmpClient, progress: &'a dyn Progress) -> Result<Self> {
+    /// A feeder that QEMU has not been told of yet.
+    pub fn new(qmp: &'a mut QmpClient, progress: &'a dyn Progress) -> Result<Self> {
         let error = |source: rustix::io::Errno| PipelineError::Output(source.into());
         let (qemus, ours) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(error)?;
         // A larger pipe costs fewer waits; the default one works too.
@@ -128,9 +136,11 @@ impl<'a> Feeder<'a> {
         })
     }
 
+    /// Gives QEMU the next bytes of the stream.
+    ///
     /// QEMU hangs on an empty stream for ever, and dies of a wrong one without a word that helps: it is told to read
     /// only when there is a stream to be read.
-    fn take(&mut self, raw: &[u8]) -> Result<(), PipelineError> {
+    pub fn take(&mut self, raw: &[u8]) -> Result<(), PipelineError> {
         if !self.is_begun {
             if !is_stream_start(raw) {
                 return Err(PipelineError::Output(io::Error::other(

@@ -13,20 +13,30 @@
 //! killed; the image stays as it is.
 
 mod check;
+mod clones;
 mod error;
 mod incoming;
+mod lazy;
+mod mapped;
 mod placing;
 mod plan;
 
+use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+pub use clones::restore_clones;
 pub use error::RestoreError;
 use incoming::Given;
 pub use incoming::Way;
+pub use lazy::{
+    Invocation, LazyOptions, LazyRequest, Resumed, SERVE_SUBCOMMAND, ServeError, resume,
+    run_server, wait_for_memory,
+};
+pub use mapped::{Mapping, Verify, run_verifier};
 pub use plan::Plan;
 
 use crate::bytes::ReadAt;
@@ -37,7 +47,7 @@ use crate::image::OpenedImage;
 use crate::pipeline::{PipedImage, PipelineError};
 use crate::progress::Progress;
 use crate::store::Location;
-use crate::supervise::{self, RunningGuest};
+use crate::supervise::{self, RunningGuest, Serving};
 
 /// What is to be restored, and how.
 #[derive(Debug, Clone)]
@@ -56,10 +66,20 @@ pub struct RestoreRequest {
     pub trust: bool,
     /// Whether a disk that cannot be proven unchanged is accepted even if it certainly changed.
     pub accept_changed_disks: bool,
-    /// Workers.
+    /// Whether QEMU maps guest memory from the image, and which.
+    pub map: Option<Mapping>,
+    /// Whether the guest writes to throwaway overlays instead of its disks.
+    pub throwaway: bool,
+    /// The directory for these overlays instead of the usual one.
+    pub overlay_dir: Option<PathBuf>,
+    /// How many clones are made of the image; `None` if the guest itself is restored.
+    pub clones: Option<u32>,
+    /// Workers, of each guest.
     pub threads: usize,
     /// The longest QEMU may take to load the stream once it has all of it.
     pub timeout: Duration,
+    /// How it gets its memory while it runs already; `None` if it gets it before.
+    pub lazy: Option<LazyRequest>,
 }
 
 /// What a restore gave.
@@ -81,6 +101,12 @@ pub struct RestoreReport {
     pub stream_bytes: u64,
     /// How QEMU got guest memory.
     pub memory: Way,
+    /// How it got its memory while it ran; only where that was waited for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served: Option<Serving>,
+    /// When the image is verified from which memory is mapped: `full`, `background` or `quick`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify: Option<&'static str>,
 }
 
 /// Where the stream of a checked plan comes from.
@@ -100,32 +126,111 @@ pub fn restore<R: Read>(
     origin: Origin<R>,
     progress: &dyn Progress,
 ) -> Result<(RestoreReport, RunningGuest)> {
+    match (&origin, plan.lazy()) {
+        (Origin::Image(image), Some(request)) => {
+            return restore_lazily(plan, image, request, progress);
+        }
+        (Origin::Pipe(_), Some(_)) => return Err(piped_and_lazy(plan)),
+        (_, None) => {}
+    }
     let page_map = match &origin {
         Origin::Image(image) => {
             // The guest could do without it, but nothing of a damaged image is restored.
             image.image().xml()?;
-            image.image().page_map()?
+            match plan.mapping() {
+                // Reading it would take the longer the more memory the guest has.
+                Some(_) => None,
+                None => image.image().page_map()?,
+            }
         }
         Origin::Pipe(_) => None,
     };
+    let file = match &origin {
+        Origin::Image(image) if plan.mapping().is_some() => Some(mapped::keep_open(image)?),
+        _ => None,
+    };
+    if let (Origin::Image(image), Some(mapping)) = (&origin, plan.mapping())
+        && mapping.verify == Verify::Full
+    {
+        let image = image.image();
+        let verified = mapped::verify_all(image, plan.threads(), progress);
+        verified.map_err(|error| with_pages(error, image))?;
+    }
     let start = Instant::now();
-    let mut guest = supervise::launch(plan.launch()?)?;
-    match load_and_run(plan, origin, page_map, &mut guest, progress) {
+    let mut guest = supervise::launch(plan.launch(file.as_ref())?)?;
+    match load_and_run(plan, origin, page_map, file, &mut guest, progress) {
         Ok((state, given)) => {
-            let running_after = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-            let report = RestoreReport {
-                name: guest.name().to_owned(),
-                pid: guest.pid(),
-                qmp: guest.dir().qmp_socket(),
-                log: guest.dir().log(),
-                running_after_ms: (state == "running").then_some(running_after),
-                state,
-                stream_bytes: given.stream_bytes,
-                memory: given.way,
-            };
+            let mut report = report(&guest, start, state, given.stream_bytes, given.way);
+            report.verify = plan.mapping().map(|it| it.verify.word());
             Ok((report, guest))
         }
         Err(error) => Err(incoming::explain(error, guest)),
+    }
+}
+
+/// Restores the guest of a checked plan so that it runs before its memory is there; a process of ours gives it that.
+///
+/// If that process is killed before the guest runs, all of it is done once more.
+fn restore_lazily(
+    plan: &Plan,
+    image: &OpenedImage,
+    request: &LazyRequest,
+    progress: &dyn Progress,
+) -> Result<(RestoreReport, RunningGuest)> {
+    if image.location().path().is_none() {
+        return Err(piped_and_lazy(plan));
+    }
+    let guest = plan.name().to_owned();
+    image.image().xml()?;
+    let why = "its image has no page map";
+    let page_map = image.image().page_map()?;
+    let page_map = page_map.ok_or(RestoreError::NotLazy { guest, why })?;
+    let mut attempts = 2;
+    loop {
+        attempts -= 1;
+        let start = Instant::now();
+        let mut guest = supervise::launch(plan.launch(None)?)?;
+        let loaded = lazy::load_and_run(plan, image, &page_map, request, &mut guest, progress);
+        match loaded {
+            Ok(state) => {
+                let report = report(&guest, start, state, image.image().stream_len(), Way::Lazy);
+                return Ok((report, guest));
+            }
+            Err(error) if attempts > 0 && lazy::is_worth_another_try(&error, guest.dir()) => {
+                progress
+                    .warn("the process that gives the guest its memory was killed; starting over");
+                guest.kill()?;
+            }
+            Err(error) => return Err(incoming::explain(error, guest)),
+        }
+    }
+}
+
+fn piped_and_lazy(plan: &Plan) -> Error {
+    let guest = plan.name().to_owned();
+    let why = "it comes through a pipe; copy it to a file first";
+    RestoreError::NotLazy { guest, why }.into()
+}
+
+fn report(
+    guest: &RunningGuest,
+    start: Instant,
+    state: String,
+    stream_bytes: u64,
+    memory: Way,
+) -> RestoreReport {
+    let running_after = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
+    RestoreReport {
+        name: guest.name().to_owned(),
+        pid: guest.pid(),
+        qmp: guest.dir().qmp_socket(),
+        log: guest.dir().log(),
+        running_after_ms: (state == "running").then_some(running_after),
+        state,
+        stream_bytes,
+        memory,
+        served: None,
+        verify: None,
     }
 }
 
@@ -135,6 +240,7 @@ fn load_and_run<R: Read>(
     plan: &Plan,
     origin: Origin<R>,
     page_map: Option<PageMap>,
+    mapped: Option<File>,
     guest: &mut RunningGuest,
     progress: &dyn Progress,
 ) -> Result<(String, Given)> {
@@ -143,19 +249,29 @@ fn load_and_run<R: Read>(
         Origin::Image(image) => {
             let (image, process) = (image.image(), guest.description().process);
             let page_map = page_map.as_ref();
-            incoming::load(&mut qmp, process, image, page_map, plan.threads(), progress)
-                .map_err(|error| with_pages(error, image))?
+            if plan.mapping().is_some() {
+                mapped::load(&mut qmp, image, plan.mapped_blocks(), progress)
+            } else {
+                incoming::load(&mut qmp, process, image, page_map, plan.threads(), progress)
+            }
+            .map_err(|error| with_pages(error, image))?
         }
         Origin::Pipe(pipe) => incoming::feed_from_pipe(&mut qmp, pipe, plan, progress)?,
     };
     incoming::confirm_completed(&mut qmp, plan.timeout())?;
+    let verifier = match (plan.mapping(), mapped) {
+        (Some(mapping), Some(file)) => mapping.verify_behind(&file, guest)?,
+        _ => None,
+    };
     if plan.runs_on() {
         qmp.cont().map_err(|source| RestoreError::NotStarted {
             guest: guest.name().to_owned(),
             source,
         })?;
     }
-    Ok((qmp.query_status()?.to_string(), given))
+    let state = qmp.query_status()?.to_string();
+    drop(verifier);
+    Ok((state, given))
 }
 
 /// Says which guest memory is damaged, where a chunk is.

@@ -1,21 +1,40 @@
 //! What would be restored, with which QEMU and arguments, and whether it can be: all asked before QEMU is started.
 
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check;
-use super::{RestoreError, RestoreRequest};
-use crate::config::compat::{Finding, Level};
+use super::lazy::LazyRequest;
+use super::{Mapping, RestoreError, RestoreRequest};
+use crate::config::compat::{Finding, Level, QemuVersion};
 use crate::config::foreign::{foreign, open_networks};
-use crate::config::remap::block_graph_remaps;
+use crate::config::mapped_memory;
+use crate::config::overlay::{self, WritableDisk, is_writable_disk, writable_disks};
+use crate::config::postcopy::obstacles;
+use crate::config::properties::escape;
+use crate::config::remap::{Selector, Target, block_graph_remaps};
 use crate::config::{
-    Arguments, Remap, Resource, ResourceKind, ResourceTable, RestoreContext, restore_arguments,
+    Arguments, ConfigError, Isolated, Remap, Resource, ResourceKind, ResourceTable, RestoreContext,
+    isolate, restore_arguments,
 };
 use crate::container::Manifest;
 use crate::error::Result;
-use crate::host::{GuestDir, HostError, QemuFacts, RuntimeDir, find_qemu, is_name, sanitise_name};
+use crate::host::{
+    self, GuestDir, HostError, OverlayRoot, QemuFacts, RuntimeDir, find_qemu, is_name,
+    sanitise_name,
+};
 use crate::image::Trust;
 use crate::supervise::{self, Launch};
+
+/// A file below a throwaway overlay.
+struct Base {
+    disk: WritableDisk,
+    format: String,
+    /// The overlay's name.
+    name: String,
+}
 
 /// A guest that can be restored here.
 pub struct Plan {
@@ -26,11 +45,20 @@ pub struct Plan {
     cwd: PathBuf,
     kept: Arguments,
     remaps: Vec<Remap>,
+    /// Where the guest's throwaway overlays go, and over what; `None` if it writes to its own disks.
+    throwaway: Option<(OverlayRoot, Vec<Base>)>,
+    /// For clones, which get backends of their own: the user's remaps.
+    isolation: Option<Vec<Remap>>,
+    notes: Vec<String>,
     warnings: Vec<Finding>,
     accept_changed_disks: bool,
     runs_on: bool,
     threads: usize,
     timeout: Duration,
+    lazy: Option<LazyRequest>,
+    mapping: Option<Mapping>,
+    /// The RAMBlocks that QEMU maps from the image.
+    mapped_blocks: Vec<String>,
 }
 
 impl Plan {
@@ -42,7 +70,7 @@ impl Plan {
         if let Some(name) = request.name.as_ref().filter(|name| !is_name(name)) {
             return Err(HostError::BadName { name: name.clone() }.into());
         }
-        if let Some(name) = &request.name {
+        if let (Some(name), None) = (&request.name, request.clones) {
             refuse_taken(name)?;
         }
         let name = request
@@ -73,18 +101,26 @@ impl Plan {
             },
             kept,
             remaps,
+            throwaway: None,
+            isolation: request.clones.map(|_| request.remaps.clone()),
+            notes: Vec::new(),
             warnings: Vec::new(),
             accept_changed_disks: request.accept_changed_disks,
             runs_on: manifest.guest.was_running && !request.paused,
             threads: request.threads,
             timeout: request.timeout,
+            lazy: request.lazy.clone(),
+            mapping: request.map.clone(),
+            mapped_blocks: Vec::new(),
             manifest,
         };
-        let arguments = plan.arguments_at(Path::new("/nonexistent"))?;
+        let arguments = plan.arguments_at(Path::new("/nonexistent"), &[])?;
+        plan.choose_mapped_blocks(&arguments)?;
         if !is_trusted {
             plan.refuse_foreign_resources(&arguments, trust, request)?;
         }
-        plan.refuse_what_cannot_run(&arguments)?;
+        plan.look_at_disks(&arguments, request)?;
+        plan.refuse_what_cannot_run(&arguments, request.clones.unwrap_or(1))?;
         Ok(plan)
     }
 
@@ -108,42 +144,155 @@ impl Plan {
         self.timeout
     }
 
+    /// The image from which memory is mapped, if it is.
+    pub fn mapping(&self) -> Option<&Mapping> {
+        self.mapping.as_ref()
+    }
+
+    /// The RAMBlocks that QEMU maps from the image.
+    pub(super) fn mapped_blocks(&self) -> &[String] {
+        &self.mapped_blocks
+    }
+
     /// What may go wrong although nothing speaks against a restore.
     pub fn warnings(&self) -> &[Finding] {
         &self.warnings
     }
 
-    /// The QEMU command that a restore would run; the runtime directory stands in it as it would be named.
-    pub fn command(&self) -> Result<Vec<String>> {
-        let directory = RuntimeDir::open()?.path().join(sanitise_name(&self.name));
-        self.command_at(&directory)
+    /// What of a clone is not as the saved guest had it, a sentence each.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
-    fn command_at(&self, directory: &Path) -> Result<Vec<String>> {
-        let mut command = self.arguments_at(directory)?;
+    /// The QEMU command that a restore would run; the runtime directory stands in it as it would be named.
+    pub fn command(&self) -> Result<Vec<String>> {
+        let name = match &self.isolation {
+            Some(_) => format!("{}-1", sanitise_name(&self.name)),
+            None => sanitise_name(&self.name),
+        };
+        let overlays = match &self.throwaway {
+            Some((root, bases)) => {
+                let directory = root.path().join(&name);
+                let bases = bases.iter();
+                bases
+                    .map(|base| base.remap(&directory.join(&base.name)))
+                    .collect()
+            }
+            None => Vec::new(),
+        };
+        let image = self.image.as_deref().unwrap_or(Path::new("-"));
+        let image = image.display().to_string();
+        self.command_at(&RuntimeDir::open()?.path().join(name), &overlays, &image)
+    }
+
+    /// `image` is where QEMU finds the image, if it maps it.
+    fn command_at(&self, directory: &Path, overlays: &[Remap], image: &str) -> Result<Vec<String>> {
+        let mut command = self.arguments_at(directory, overlays)?;
+        if let Some(mapping) = &self.mapping {
+            let arguments = Arguments::parse(&command)?;
+            let mapped = mapped_memory::map(&arguments, image, &mapping.blocks);
+            let mapped = mapped.map_err(|findings| self.cannot_run(findings))?;
+            command = mapped.arguments.write();
+        }
         if let Some(program) = command.first_mut() {
             *program = self.qemu.path.display().to_string();
         }
         Ok(command)
     }
 
-    fn arguments_at(&self, directory: &Path) -> Result<Vec<String>> {
+    fn arguments_at(&self, directory: &Path, overlays: &[Remap]) -> Result<Vec<String>> {
+        let isolated = self.isolated_at(directory)?;
+        let own_name = directory.file_name().map(|name| name.display().to_string());
         let context = RestoreContext {
             machine_type: self.manifest.machine.machine_type.clone(),
             qmp_socket: directory.join("qmp.sock").display().to_string(),
             log_dir: directory.display().to_string(),
-            name: self.name.clone(),
+            name: match &isolated {
+                Some(_) => own_name.unwrap_or_default(),
+                None => self.name.clone(),
+            },
         };
-        Ok(restore_arguments(&self.kept, &context, &self.remaps)?)
+        let kept = isolated.as_ref().map_or(&self.kept, |it| &it.arguments);
+        let remaps = [&self.remaps, overlays].concat();
+        let mut arguments = restore_arguments(kept, &context, &remaps)?;
+        if self.lazy.is_some() {
+            arguments.extend(keeper_monitor(directory));
+        }
+        Ok(arguments)
     }
 
-    /// Makes the guest's runtime directory and says what to start in it.
-    pub fn launch(&self) -> Result<Launch> {
+    /// The kept arguments for a clone with this directory; `None` for a guest that is no clone.
+    fn isolated_at(&self, directory: &Path) -> Result<Option<Isolated>> {
+        let Some(remaps) = &self.isolation else {
+            return Ok(None);
+        };
+        let machine_type = &self.manifest.machine.machine_type;
+        let is_named = |one: &Resource| remaps.iter().any(|remap| remap.selects(one));
+        let directory = directory.display().to_string();
+        Ok(Some(isolate(
+            &self.kept,
+            machine_type,
+            &directory,
+            &is_named,
+        )?))
+    }
+
+    /// How the guest gets its memory while it runs; `None` if it gets it before.
+    pub fn lazy(&self) -> Option<&LazyRequest> {
+        self.lazy.as_ref()
+    }
+
+    /// Finds what can be mapped, if anything shall be.
+    fn choose_mapped_blocks(&mut self, arguments: &[String]) -> Result<()> {
+        let Some(mapping) = &self.mapping else {
+            return Ok(());
+        };
+        let version = &self.qemu.version;
+        let version = QemuVersion(version.major, version.minor, version.micro);
+        let path = self.qemu.path.display().to_string();
+        let mut findings = Vec::from_iter(mapped_memory::check_qemu(version, &path));
+        let mapped = mapped_memory::map(&Arguments::parse(arguments)?, "", &mapping.blocks);
+        match mapped {
+            Ok(mapped) if findings.is_empty() => {
+                self.mapped_blocks = mapped.blocks;
+                return Ok(());
+            }
+            Ok(_) => {}
+            Err(more) => findings.extend(more),
+        }
+        Err(self.cannot_run(findings).into())
+    }
+
+    fn cannot_run(&self, findings: Vec<Finding>) -> RestoreError {
+        RestoreError::CannotRun {
+            guest: self.name.clone(),
+            findings,
+        }
+    }
+
+    /// Makes the guest's runtime directory and says what to start in it. If memory is mapped, QEMU inherits `image`: what
+    /// it maps is the file that was looked at, whatever its name means by then, and the lock on it lasts.
+    pub fn launch(&self, image: Option<&File>) -> Result<Launch> {
         let runtime = RuntimeDir::open()?;
         // What guests that ended left behind must not take their names; that it cannot be removed harms nobody.
         let _ = supervise::list(&runtime);
-        let dir: GuestDir = runtime.create_guest(&sanitise_name(&self.name))?;
-        let command = self.command_at(dir.path());
+        let name = sanitise_name(&self.name);
+        let dir: GuestDir = match &self.isolation {
+            Some(_) => runtime.create_clone(&name)?,
+            None => runtime.create_guest(&name)?,
+        };
+        let image = image.filter(|_| self.mapping.is_some());
+        let image = image.map(File::try_clone).transpose();
+        let image = image.map_err(|source| HostError::File {
+            act: "keep open",
+            path: self.image.clone().unwrap_or_default(),
+            source,
+        })?;
+        let number = image.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let in_qemu = format!("/proc/self/fd/{number}");
+        let command = self
+            .make_overlays(&dir)
+            .and_then(|overlays| self.command_at(dir.path(), &overlays, &in_qemu));
         let command = match command {
             Ok(command) => command,
             Err(error) => {
@@ -156,8 +305,70 @@ impl Plan {
             cwd: self.cwd.clone(),
             dir,
             image: self.image.clone(),
-            inherit: Vec::new(),
+            inherit: image.into_iter().map(OwnedFd::from).collect(),
         })
+    }
+
+    /// Lays an overlay over each disk that the guest may write to, if it shall not write to its own; these remaps put
+    /// them in their places.
+    fn make_overlays(&self, dir: &GuestDir) -> Result<Vec<Remap>> {
+        let Some((root, bases)) = &self.throwaway else {
+            return Ok(Vec::new());
+        };
+        let overlays = root.create(dir)?;
+        let mut remaps = Vec::with_capacity(bases.len());
+        for base in bases {
+            let path = self.cwd.join(&base.disk.path);
+            let overlay = overlays.make(&base.name, &path, &base.format)?;
+            remaps.push(base.remap(&overlay));
+        }
+        Ok(remaps)
+    }
+
+    /// Finds what throwaway overlays have to be laid over, and refuses clones without them that would share a disk.
+    fn look_at_disks(&mut self, arguments: &[String], request: &RestoreRequest) -> Result<()> {
+        if let Some(isolated) = self.isolated_at(Path::new("/nonexistent"))? {
+            self.notes = isolated.notes;
+        }
+        let machine_type = &self.manifest.machine.machine_type;
+        let arguments = Arguments::parse(arguments)?;
+        if !request.throwaway {
+            let table = ResourceTable::from_arguments(&arguments, Some(machine_type));
+            let disks = table.resources.iter().filter(|one| is_writable_disk(one));
+            let disks = disks.filter(|one| one.backend.kind != "empty");
+            let disks: Vec<String> = disks.map(|one| format!("{:?}", one.id)).collect();
+            return match request.clones.is_some() && !disks.is_empty() {
+                true => Err(RestoreError::SharedDisks {
+                    guest: self.name.clone(),
+                    disks,
+                }
+                .into()),
+                false => Ok(()),
+            };
+        }
+        let root = OverlayRoot::find(request.overlay_dir.as_deref())?;
+        let disks = writable_disks(&arguments, machine_type)
+            .map_err(|reasons| ConfigError::Refused { reasons })?;
+        let saved = resource_table(&self.manifest);
+        let bases = (0..).zip(disks).map(|(number, disk): (u32, WritableDisk)| {
+            let format = disk.format.clone().or_else(|| {
+                let saved = saved.find(disk.kind, &disk.id)?;
+                saved.backend.format.clone()
+            });
+            match format {
+                Some(format) => Ok(Base {
+                    name: format!("{}-{number}.{}", sanitise_name(&disk.id), overlay::FORMAT),
+                    disk,
+                    format,
+                }),
+                None => Err(RestoreError::UnknownFormat {
+                    guest: self.name.clone(),
+                    disk: disk.id,
+                }),
+            }
+        });
+        self.throwaway = Some((root, bases.collect::<Result<_, _>>()?));
+        Ok(())
     }
 
     /// Holds the final manifest of an image that came through a pipe against the provisional one, with which QEMU was
@@ -169,7 +380,8 @@ impl Plan {
         {
             return Err(RestoreError::HeadDiffers { guest }.into());
         }
-        let needs = check::needs(&manifest, &self.arguments_at(Path::new("/nonexistent"))?)?;
+        let arguments = self.arguments_at(Path::new("/nonexistent"), &[])?;
+        let needs = check::needs(&manifest, &arguments)?;
         let facts = check::host_facts(&self.qemu, &needs, &self.cwd);
         let mut findings = crate::config::compat::check(&needs, &facts);
         findings.retain(|finding| match finding.code {
@@ -215,10 +427,21 @@ impl Plan {
         .into())
     }
 
-    fn refuse_what_cannot_run(&mut self, arguments: &[String]) -> Result<()> {
-        let needs = check::needs(&self.manifest, arguments)?;
+    fn refuse_what_cannot_run(&mut self, arguments: &[String], count: u32) -> Result<()> {
+        let mut needs = check::needs(&self.manifest, arguments)?;
+        needs.memory_bytes = needs.memory_bytes.saturating_mul(count.into());
+        if self.throwaway.is_some() {
+            // Below an overlay they are only read.
+            let disks = needs.resources.resources.iter_mut();
+            let disks = disks.filter(|one| is_writable_disk(one));
+            disks.for_each(|disk| disk.read_only = true);
+        }
         let facts = check::host_facts(&self.qemu, &needs, &self.cwd);
         let mut findings = crate::config::compat::check(&needs, &facts);
+        if self.lazy.is_some() {
+            let arguments = Arguments::parse(arguments)?;
+            findings.extend(obstacles(&arguments, host::userfaultfd().obstacle()));
+        }
         if self.accept_changed_disks {
             for finding in findings
                 .iter_mut()
@@ -236,14 +459,31 @@ impl Plan {
             .any(|finding| finding.level == Level::Refusal)
         {
             findings.retain(|finding| finding.level == Level::Refusal);
-            return Err(RestoreError::CannotRun {
-                guest: self.name.clone(),
-                findings,
-            }
-            .into());
+            return Err(self.cannot_run(findings).into());
         }
         self.warnings = findings;
         Ok(())
+    }
+}
+
+/// A second monitor, for the keeper of a guest that gets its memory while it runs.
+fn keeper_monitor(directory: &Path) -> [String; 4] {
+    let path = escape(&directory.join("keeper.qmp").display().to_string());
+    [
+        "-chardev".to_owned(),
+        format!("socket,id=vmstow-keeper-qmp,path={path},server=on,wait=off"),
+        "-mon".to_owned(),
+        "id=vmstow-keeper,chardev=vmstow-keeper-qmp,mode=control".to_owned(),
+    ]
+}
+
+impl Base {
+    fn remap(&self, overlay: &Path) -> Remap {
+        Remap {
+            kind: self.disk.kind,
+            selector: Selector::Id(self.disk.id.clone()),
+            target: Target::Overlay(overlay.display().to_string()),
+        }
     }
 }
 

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::SaveError;
-use super::guest::StoppedGuest;
+use super::Subject;
+use super::guest::{StoppedGuest, explain};
 use crate::container::ImageWriter;
 use crate::error::Result;
 use crate::host::{Backing, ProcessMemory};
@@ -33,7 +34,7 @@ pub enum Capture {
 
 impl StoppedGuest {
     /// Takes the guest's memory and device state into `image`. Gives what was taken, and whether it was read where it lay.
-    pub fn take(
+    pub fn take_state(
         &mut self,
         capture: Capture,
         image: &mut ImageWriter<'_>,
@@ -102,7 +103,7 @@ impl StoppedGuest {
                 self.confirm_completed()?;
                 Ok(encoded)
             }
-            Err(error) => Err(self.explain(error, stream)),
+            Err(error) => Err(explain(self.qmp(), error, stream)),
         }
     }
 

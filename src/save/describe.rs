@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::SaveError;
 use crate::config::domain_xml::{DomainFacts, domain_xml};
+use crate::config::mapped_memory;
 use crate::config::resources::{BlockDevice, BlockFacts, BlockNode};
 use crate::config::{
     self, Arguments, ConfigError, ResourceKind, ResourceTable, RestoreContext, restore_arguments,
@@ -62,8 +63,10 @@ impl Description {
         run_state: &RunState,
         was_running: bool,
     ) -> Result<Self> {
-        let process = ProcessFacts::read(pid)?;
-        let arguments = Arguments::parse(&process.argv)?;
+        let mut process = ProcessFacts::read(pid)?;
+        let mut arguments = Arguments::parse(&process.argv)?;
+        mapped_memory::unmap(&mut arguments);
+        process.argv = arguments.write();
         let machine_type = qmp.query_machine_type()?;
         let mut resources = ResourceTable::from_arguments(&arguments, Some(&machine_type));
         resources.apply_block_facts(&block_facts(qmp)?);
@@ -98,6 +101,11 @@ impl Description {
     /// Its QEMU process.
     pub fn process(&self) -> ProcessId {
         self.process.id
+    }
+
+    /// The directory that its QEMU works in, from which its relative paths start.
+    pub fn directory(&self) -> &Path {
+        &self.process.cwd
     }
 
     /// Its resolved machine type.
@@ -203,6 +211,13 @@ impl Description {
         .collect()
     }
 
+    /// The overlays among its disks that end with its QEMU.
+    pub fn throwaway_disks(&self) -> Vec<PathBuf> {
+        let paths = self.resources.resources.iter();
+        let paths = paths.filter_map(|one| Some(self.process.cwd.join(one.backend.path.as_ref()?)));
+        paths.filter(|path| host::is_throwaway(path)).collect()
+    }
+
     /// Media in drives that no argument names.
     fn foreign_media(&self) -> Vec<String> {
         let unnamed = self
@@ -240,7 +255,9 @@ impl Description {
     }
 
     /// The manifest as far as it is known before the stream.
-    pub fn provisional(&self, labels: &BTreeMap<String, String>) -> Manifest {
+    ///
+    /// With `runs_on` the guest goes on with its disks once it is saved.
+    pub fn provisional(&self, labels: &BTreeMap<String, String>, runs_on: bool) -> Manifest {
         Manifest {
             schema: 1,
             tool: Tool {
@@ -254,6 +271,7 @@ impl Description {
                 uuid: self.uuid,
                 run_state: self.run_state.to_string(),
                 was_running: self.was_running,
+                ran_on: self.was_running && runs_on,
                 other: Default::default(),
             },
             qemu: self.qemu(),
@@ -296,7 +314,7 @@ impl Description {
         &self,
         mut manifest: Manifest,
         stream: &StreamSummary,
-        is_direct: bool,
+        capture: &str,
         digest_disks: bool,
         progress: &dyn Progress,
     ) -> Result<Manifest> {
@@ -321,7 +339,9 @@ impl Description {
             data_pages: stream.data_pages,
             zero_pages: stream.zero_pages,
             vmdescription: stream.vmdescription.is_some(),
-            capture: Some(if is_direct { "memory" } else { "migration" }.to_owned()),
+            made_from: None,
+            capture: Some(capture.to_owned()),
+            device_state_at: Some(stream.device_state.0),
             other: Default::default(),
         });
         for resource in &mut manifest.resources {
@@ -426,6 +446,11 @@ fn block_facts(qmp: &mut QmpClient) -> Result<BlockFacts> {
         drv: node.drv,
         ro: node.ro,
         backing_file: node.backing_file,
+        chain: {
+            let first = node.image.backing_image.as_deref();
+            let chain = std::iter::successors(first, |image| image.backing_image.as_deref());
+            chain.map(|image| image.filename.clone()).collect()
+        },
     };
     let devices = qmp.query_block()?.into_iter().map(|device| BlockDevice {
         device: device.device,

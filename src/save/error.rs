@@ -18,6 +18,8 @@ pub enum GuestLeft {
     WithoutDisks(RunState),
     /// Putting it back failed; the guardian or its user has to look after it.
     Unknown,
+    /// It does what the state says, and its disks go on in new overlays.
+    OnOverlays(RunState, Vec<PathBuf>),
     /// It is stopped, on purpose.
     Stopped,
     /// Its QEMU ended.
@@ -36,6 +38,19 @@ impl std::fmt::Display for GuestLeft {
                 f,
                 "is {state} as before, but its QEMU has let go of its disks until it runs"
             ),
+            GuestLeft::OnOverlays(state, overlays) => {
+                let paths: Vec<String> =
+                    overlays.iter().map(|it| it.display().to_string()).collect();
+                let state = match state {
+                    RunState::Running => "runs on".to_owned(),
+                    state => format!("is {state}"),
+                };
+                write!(
+                    f,
+                    "{state}, its disks in the new overlays {}",
+                    paths.join(" and ")
+                )
+            }
             GuestLeft::Unknown => f.write_str("could not be put back as it was"),
             GuestLeft::Stopped => f.write_str("stays stopped"),
             GuestLeft::Gone => f.write_str("is gone: its QEMU has ended"),
@@ -70,6 +85,14 @@ pub enum SaveError {
         /// QEMU's status of that migration.
         status: String,
     },
+    /// It was restored lazily, and part of its memory has not arrived.
+    #[error(
+        "{guest} still gets its memory from the image it was restored from; it was not touched"
+    )]
+    LacksMemory {
+        /// Its name.
+        guest: String,
+    },
     /// Another vmstow saves it already.
     #[error("{guest} is being saved already; it was not touched")]
     BeingSaved {
@@ -95,6 +118,90 @@ pub enum SaveError {
         left: GuestLeft,
         /// Each argument and why.
         reasons: Vec<String>,
+    },
+    /// Its disks end with its QEMU: no image could name them.
+    #[error(
+        "{guest}, which {left}, cannot be saved: it was restored with --throwaway, and its disks end with its QEMU"
+    )]
+    ThrowawayDisks {
+        /// Its name.
+        guest: String,
+        /// How it was left.
+        left: GuestLeft,
+        /// The overlays.
+        disks: Vec<PathBuf>,
+    },
+    /// What becomes of a guest that is saved live is not a matter of choice.
+    #[error("--live lets the guest run on; no other --then goes with it")]
+    LiveThen,
+    /// Only a running guest can run on.
+    #[error("{guest} cannot be saved live: it is {state}")]
+    NotRunning {
+        /// Its name.
+        guest: String,
+        /// Its state.
+        state: RunState,
+    },
+    /// Its QEMU is too old.
+    #[error("{guest} cannot be saved live: its QEMU {version} has no background-snapshot")]
+    LiveUnknown {
+        /// Its name.
+        guest: String,
+        /// Its QEMU's version.
+        version: String,
+    },
+    /// Old memory over newer disks would destroy them.
+    #[error("{guest} cannot be saved live: it would go on writing to {}, which its image would not fit any more", disks.join(" and "))]
+    LiveDisks {
+        /// Its name.
+        guest: String,
+        /// The disks.
+        disks: Vec<String>,
+    },
+    /// A disk cannot go on in an overlay.
+    #[error("{guest} cannot be saved live: its disk {disk} cannot go on in an overlay: {why}")]
+    NoSnapshot {
+        /// Its name.
+        guest: String,
+        /// The disk.
+        disk: String,
+        /// Why not.
+        why: String,
+    },
+    /// This host's kernel, or how the guest's memory is made, does not allow it.
+    #[error("QEMU cannot let it run on while its memory is written")]
+    LiveRefused {
+        /// QEMU's words.
+        source: crate::qmp::QmpError,
+    },
+    /// Somebody stopped the guest in the last moment.
+    #[error("somebody stopped the guest, which is {state}: only a running one can be saved live")]
+    StoppedMeanwhile {
+        /// Its state.
+        state: RunState,
+    },
+    /// QEMU did not do what a live save is.
+    #[error("QEMU did not stop the guest and let it run on, as it does in a live save")]
+    NotLive,
+    /// Nobody knows whether the image has its name.
+    #[error(
+        "it is not known whether the image of {guest} is whole under its name; {guest} runs on"
+    )]
+    LivePublishUnknown {
+        /// The guest.
+        guest: String,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The image is published, but QEMU did not take its settings back.
+    #[error(
+        "the image is whole and {guest} runs on, but QEMU did not take its migration settings back: {why}"
+    )]
+    LiveSettings {
+        /// The guest.
+        guest: String,
+        /// Why not.
+        why: String,
     },
     /// There is not enough room for the image.
     #[error("{} has {free} bytes free; the image of {guest} may need {needed}", directory.display())]
@@ -207,7 +314,7 @@ pub enum SaveError {
 impl Blame for SaveError {
     fn kind(&self) -> ErrorKind {
         match self {
-            SaveError::NotASource { .. } => ErrorKind::Usage,
+            SaveError::NotASource { .. } | SaveError::LiveThen => ErrorKind::Usage,
             // There is no image that could be damaged: what QEMU sent is not as it has to be.
             SaveError::NotSaved { why, .. } if why.kind() == ErrorKind::Image => ErrorKind::Host,
             SaveError::NotSaved { why, .. } => why.kind(),
@@ -215,6 +322,7 @@ impl Blame for SaveError {
             | SaveError::Publish { .. }
             | SaveError::Manifest { .. }
             | SaveError::PublishUnknown { .. }
+            | SaveError::LivePublishUnknown { .. }
             | SaveError::NoSpace { .. }
             | SaveError::TimedOut { .. } => ErrorKind::Failed,
             _ => ErrorKind::Host,
@@ -233,6 +341,10 @@ impl Blame for SaveError {
             SaveError::Blocked { reasons, .. } | SaveError::NotRestorable { reasons, .. } => {
                 reasons.clone()
             }
+            SaveError::ThrowawayDisks { disks, .. } => disks
+                .iter()
+                .map(|disk| disk.display().to_string())
+                .collect(),
             SaveError::MigrationFailed { words, .. } => words.iter().cloned().collect(),
             SaveError::NotSaved { why, .. } => {
                 let causes = why.causes().map(ToString::to_string);

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,10 +10,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::PipeFlags;
 
 use super::describe::Description;
-use super::{GuestLeft, Plan, SaveError, SaveRequest, Then};
+use super::{Finished, GuestLeft, Plan, SaveError, SaveRequest, Subject, Then};
+use crate::container::ImageWriter;
 use crate::error::{Error, Result};
 use crate::host::ProcessLock;
-use crate::pipeline::PipelineError;
+use crate::pipeline::{Encoded, Encoding, PipelineError};
 use crate::progress::Progress;
 use crate::qmp::{MigrationStatus, QmpClient, QmpError, RunState, SavedSettings};
 use crate::store::{FileSink, temporary_name};
@@ -30,10 +31,12 @@ const PIPE_LEN: usize = 1 << 20;
 
 /// A guest with a guardian; it was not touched yet.
 pub struct GuardedGuest {
-    plan: Plan,
+    pub(super) plan: Plan,
     then: Then,
     temporary: Option<PathBuf>,
-    guardian: Guardian,
+    pub(super) guardian: Guardian,
+    /// The pipe for the stream of a guest that runs on.
+    pub(super) pipe: Option<StreamPipe>,
 }
 
 impl GuardedGuest {
@@ -53,9 +56,16 @@ impl GuardedGuest {
             temporary: temporary.clone(),
             target: target.map(Path::to_owned),
             temporary_identity: None,
+            overlays: plan.overlays(),
+            stream: None,
+            runs_on: false,
         };
-        let guardian = Guardian::start(&request.program, &instruction)?;
+        // The guardian has it too: QEMU must never write to a pipe that nobody can read.
+        let pipe = request.live.map(|_| StreamPipe::new()).transpose()?;
+        let copy = pipe.as_ref().map(StreamPipe::copy).transpose()?;
+        let guardian = Guardian::start_with(&request.program, &instruction, copy)?;
         Ok(GuardedGuest {
+            pipe,
             plan,
             then: request.then,
             temporary,
@@ -170,37 +180,19 @@ impl StoppedGuest {
         &self.stopped
     }
 
-    /// What is known of the guest.
-    pub fn description(&self) -> &Description {
-        &self.description
-    }
-
     /// Lets QEMU write its migration stream into a pipe; gives the pipe's other end.
     pub fn start_migration<'a>(
         &mut self,
         timeout: Option<Duration>,
         progress: &'a dyn Progress,
     ) -> Result<GuestStream<'a>> {
-        let pipe = |source: rustix::io::Errno| PipelineError::Read(source.into());
-        let (ours, qemus) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(pipe)?;
-        // A larger pipe costs QEMU fewer waits; the default one works too.
-        let _ = rustix::pipe::fcntl_setpipe_size(&ours, PIPE_LEN);
-        self.qmp.getfd(STREAM_NAME, qemus.as_fd())?;
-        drop(qemus);
         self.is_migrated = true;
-        self.qmp.migrate(&format!("fd:{STREAM_NAME}"))?;
-        let deadline = timeout.map(|limit| (Instant::now() + limit, limit));
-        Ok(GuestStream {
-            pipe: File::from(ours),
-            is_ended: false,
-            deadline,
-            progress,
-        })
+        begin_migration(&mut self.qmp, StreamPipe::new()?, timeout, progress)
     }
 
     /// Whether QEMU says that all was written, and nobody started the guest meanwhile.
     pub fn confirm_completed(&mut self) -> Result<()> {
-        let info = self.settled_migration()?;
+        let info = settled_migration(&mut self.qmp)?;
         if info.0 != MigrationStatus::Completed {
             return Err(SaveError::MigrationFailed {
                 status: info.0.to_string(),
@@ -248,48 +240,41 @@ impl StoppedGuest {
         }
     }
 
-    /// Waits until the migration is over: its status, and QEMU's words if it failed.
-    fn settled_migration(&mut self) -> Result<(MigrationStatus, Option<String>), QmpError> {
-        let deadline = Instant::now() + SETTLE;
-        loop {
-            let info = self.qmp.query_migrate()?;
-            if !info.status.is_active() || Instant::now() > deadline {
-                return Ok((info.status, info.error_desc));
-            }
-            pause();
+    /// Lets a guest run on that ran before; one that did not stays stopped.
+    fn resume(&mut self) -> Result<(), QmpError> {
+        if self.was_running {
+            self.qmp.cont()
+        } else {
+            Ok(())
         }
     }
+}
 
-    /// What QEMU says of a stream that it broke off; our own error where it has nothing to say.
-    pub fn explain(&mut self, error: PipelineError, stream: GuestStream<'_>) -> Error {
-        let is_cut_by_qemu = stream.is_ended && matches!(error, PipelineError::Stream(_));
-        if stream.progress.is_cancelled() {
-            return PipelineError::Cancelled.into();
-        }
-        let timed_out = stream.timed_out();
-        drop(stream);
-        if let Some(limit) = timed_out {
-            return SaveError::TimedOut { limit }.into();
-        }
-        if !is_cut_by_qemu {
-            return error.into();
-        }
-        match self.settled_migration() {
-            Ok((MigrationStatus::Completed, _)) => error.into(),
-            Ok((status, words)) => SaveError::MigrationFailed {
-                status: status.to_string(),
-                words,
-            }
-            .into(),
-            Err(gone) if gone.is_gone() => SaveError::QemuEnded.into(),
-            Err(_) => error.into(),
-        }
+impl Subject for StoppedGuest {
+    fn description(&self) -> &Description {
+        &self.description
+    }
+
+    fn take(
+        &mut self,
+        request: &SaveRequest,
+        image: &mut ImageWriter<'_>,
+        encoding: &Encoding,
+        progress: &dyn Progress,
+    ) -> Result<(Encoded, &'static str)> {
+        let (encoded, is_direct) =
+            self.take_state(request.capture, image, encoding, request.timeout, progress)?;
+        Ok((encoded, if is_direct { "memory" } else { "migration" }))
+    }
+
+    fn confirm(&mut self) -> Result<()> {
+        self.confirm_stopped()
     }
 
     /// Puts the guest back as it was and wraps `why` into the news of how it was left.
     ///
     /// What we cannot do the guardian tries again; it is waited for.
-    pub fn put_back(mut self, why: Error) -> Error {
+    fn put_back(mut self, why: Error) -> Error {
         let outcome = put_back(&mut self.qmp, &self.settings, self.was_running);
         let is_resting = matches!(outcome, Ok(RunState::Postmigrate));
         let lacks_disks = self.lacks_disks && !self.was_running;
@@ -324,18 +309,18 @@ impl StoppedGuest {
     ///
     /// # Errors
     /// The guardian is gone: then nobody would finish or undo the save if we were killed now.
-    pub fn committing(&mut self) -> Result<()> {
+    fn committing(&mut self) -> Result<()> {
         Ok(self.guardian.committing()?)
     }
 
     /// The image has its name: from here on there is no way back.
-    pub fn published(&mut self) {
+    fn published(&mut self) {
         // A guardian that is gone changes nothing any more.
         let _ = self.guardian.published();
     }
 
     /// Leaves the guest stopped, since its image may be whole; somebody may let it run on, so it gets its settings back.
-    pub fn leave_stopped(mut self, source: io::Error) -> Error {
+    fn leave(mut self, source: io::Error) -> Error {
         // The news is that the guest is stopped.
         let _ = self.settings.put_back(&mut self.qmp);
         let _ = self.guardian.stand_down();
@@ -347,7 +332,7 @@ impl StoppedGuest {
     }
 
     /// Does with the guest what was asked for after the save; tells what became of it.
-    pub fn finish(mut self) -> Result<&'static str> {
+    fn finish(mut self) -> Result<Finished> {
         let (act, done) = match self.then {
             Then::Quit => ("quit", self.qmp.quit()),
             Then::Resume => {
@@ -378,21 +363,93 @@ impl StoppedGuest {
         if self.then == Then::Quit {
             description.wait_until_gone(SETTLE);
         }
-        Ok(match self.then {
+        Ok(Finished::as_state(match self.then {
             Then::Quit if !description.is_gone() => "quitting",
             Then::Quit => "quit",
             Then::Resume if self.was_running => "running",
             Then::Resume | Then::Pause => "stopped",
-        })
+        }))
+    }
+}
+
+/// A pipe for QEMU's migration stream.
+pub(super) struct StreamPipe {
+    ours: OwnedFd,
+    qemus: OwnedFd,
+}
+
+impl StreamPipe {
+    fn new() -> Result<Self> {
+        let error = |source: rustix::io::Errno| PipelineError::Read(source.into());
+        let (ours, qemus) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(error)?;
+        // A larger pipe costs QEMU fewer waits; the default one works too.
+        let _ = rustix::pipe::fcntl_setpipe_size(&ours, PIPE_LEN);
+        Ok(StreamPipe { ours, qemus })
     }
 
-    /// Lets a guest run on that ran before; one that did not stays stopped.
-    fn resume(&mut self) -> Result<(), QmpError> {
-        if self.was_running {
-            self.qmp.cont()
-        } else {
-            Ok(())
+    /// The end to read from, once more.
+    pub(super) fn copy(&self) -> Result<OwnedFd> {
+        Ok(self.ours.try_clone().map_err(PipelineError::Read)?)
+    }
+}
+
+/// Lets QEMU write its migration stream into a pipe; gives the pipe's other end.
+pub(super) fn begin_migration<'a>(
+    qmp: &mut QmpClient,
+    pipe: StreamPipe,
+    timeout: Option<Duration>,
+    progress: &'a dyn Progress,
+) -> Result<GuestStream<'a>> {
+    let StreamPipe { ours, qemus } = pipe;
+    qmp.getfd(STREAM_NAME, qemus.as_fd())?;
+    drop(qemus);
+    qmp.migrate(&format!("fd:{STREAM_NAME}"))?;
+    let deadline = timeout.map(|limit| (Instant::now() + limit, limit));
+    Ok(GuestStream {
+        pipe: File::from(ours),
+        is_ended: false,
+        deadline,
+        progress,
+    })
+}
+
+/// Waits until the migration is over: its status, and QEMU's words if it failed.
+pub(super) fn settled_migration(
+    qmp: &mut QmpClient,
+) -> Result<(MigrationStatus, Option<String>), QmpError> {
+    let deadline = Instant::now() + SETTLE;
+    loop {
+        let info = qmp.query_migrate()?;
+        if !info.status.is_active() || Instant::now() > deadline {
+            return Ok((info.status, info.error_desc));
         }
+        pause();
+    }
+}
+
+/// What QEMU says of a stream that it broke off; our own error where it has nothing to say.
+pub(super) fn explain(qmp: &mut QmpClient, error: PipelineError, stream: GuestStream<'_>) -> Error {
+    let is_cut_by_qemu = stream.is_ended && matches!(error, PipelineError::Stream(_));
+    if stream.progress.is_cancelled() {
+        return PipelineError::Cancelled.into();
+    }
+    let timed_out = stream.timed_out();
+    drop(stream);
+    if let Some(limit) = timed_out {
+        return SaveError::TimedOut { limit }.into();
+    }
+    if !is_cut_by_qemu {
+        return error.into();
+    }
+    match settled_migration(qmp) {
+        Ok((MigrationStatus::Completed, _)) => error.into(),
+        Ok((status, words)) => SaveError::MigrationFailed {
+            status: status.to_string(),
+            words,
+        }
+        .into(),
+        Err(gone) if gone.is_gone() => SaveError::QemuEnded.into(),
+        Err(_) => error.into(),
     }
 }
 
@@ -447,7 +504,7 @@ impl Read for GuestStream<'_> {
 
 /// The two ends of a new pipe, for tests of what reads a guest's stream.
 #[cfg(test)]
-fn test_pipe() -> (std::os::fd::OwnedFd, std::os::fd::OwnedFd) {
+fn test_pipe() -> (OwnedFd, OwnedFd) {
     rustix::pipe::pipe_with(PipeFlags::CLOEXEC).unwrap()
 }
 

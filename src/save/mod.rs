@@ -4,18 +4,27 @@
 //! check → stop → capture, or migrate → parse → encode → confirm completed → fingerprint disks → seal → publish → quit
 //! ```
 //!
+//! A guest that shall run on is not stopped but for a moment:
+//!
+//! ```text
+//! check → snapshot disks → migrate in the background → parse → encode → confirm completed → seal → publish
+//! ```
+//!
 //! Everything that can be refused is refused in `check`, before the guest is touched. Until the image is published every
 //! failure puts the guest back as it was, and the guardian does so if this process is killed; from then on the save is
 //! finished, never undone.
 
 mod capture;
 mod describe;
+mod disks;
 mod error;
 mod guest;
+mod live;
 mod plan;
 mod source;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -29,15 +38,16 @@ pub use source::Source;
 
 use crate::bytes::{PublishError, Sink};
 use crate::container::{
-    Head, Identity, ImageWriter, Manifest, SectionType, Signature, sign_payload,
+    Head, Identity, ImageWriter, Layout, Manifest, SectionType, Signature, sign_payload,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::host::keys::SigningKey;
-use crate::pipeline::{self, Encoding};
+use crate::pipeline::{self, Encoded, Encoding};
 use crate::progress::Progress;
 use crate::store::{Location, PipeSink};
 pub use crate::supervise::Then;
-use guest::{GuardedGuest, StoppedGuest};
+use describe::Description;
+use guest::GuardedGuest;
 
 /// What is to be saved, where to, and how.
 pub struct SaveRequest {
@@ -51,8 +61,10 @@ pub struct SaveRequest {
     pub capture: Capture,
     /// Layout, level, chunk size, threads.
     pub encoding: Encoding,
-    /// What becomes of the guest when its image is published.
+    /// What becomes of the guest when its image is published; [`Then::Resume`] of one that is saved live.
     pub then: Then,
+    /// Whether, and how, the guest runs on while it is saved.
+    pub live: Option<Live>,
     /// Kept in the manifest.
     pub labels: BTreeMap<String, String>,
     /// Whether a guest that rests after a completed migration may be started for a moment, so that it can be saved.
@@ -65,6 +77,13 @@ pub struct SaveRequest {
     pub key: Option<SigningKey>,
     /// The program that has the guardian in it: this one.
     pub program: PathBuf,
+}
+
+/// How a guest is saved that runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Live {
+    /// Whether its disks go on in new overlays, so that they stay what they were at that moment.
+    pub disk_snapshot: bool,
 }
 
 /// What a save gave.
@@ -86,8 +105,74 @@ pub struct SaveReport {
     pub memory_bytes: u64,
     /// What became of the guest: `quit`, `quitting` if its QEMU takes long to obey, `running` or `stopped`.
     pub guest: &'static str,
-    /// Milliseconds the guest was stopped before its image was published.
+    /// Milliseconds the guest was stopped before its image was published, or for which it stood still in a live save.
     pub stopped_ms: u64,
+    /// The same of a live save, to the microsecond; `None` where QEMU's clock did not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_ms: Option<f64>,
+    /// Milliseconds that a live save took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub took_ms: Option<u64>,
+    /// The overlays in which the guest's disks go on since a live save.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub overlays: Vec<PathBuf>,
+}
+
+/// What became of a guest whose image is published.
+struct Finished {
+    /// As [`SaveReport::guest`].
+    guest: &'static str,
+    downtime: Option<Duration>,
+    took: Option<Duration>,
+    overlays: Vec<PathBuf>,
+}
+
+impl Finished {
+    /// Of a guest that was stopped for its save.
+    fn as_state(guest: &'static str) -> Self {
+        Finished {
+            guest,
+            downtime: None,
+            took: None,
+            overlays: Vec::new(),
+        }
+    }
+}
+
+/// A guest whose image is being written, with its guardian.
+trait Subject: Sized {
+    /// What is known of it.
+    fn description(&self) -> &Description;
+
+    /// Takes its memory and device state into `image`. Gives what was taken, and how, in the manifest's words.
+    fn take(
+        &mut self,
+        request: &SaveRequest,
+        image: &mut ImageWriter<'_>,
+        encoding: &Encoding,
+        progress: &dyn Progress,
+    ) -> Result<(Encoded, &'static str)>;
+
+    /// Whether what was taken is still the guest.
+    fn confirm(&mut self) -> Result<()>;
+
+    /// Puts the guest back as it was and wraps `why` into the news of how it was left.
+    fn put_back(self, why: Error) -> Error;
+
+    /// The rename comes next.
+    ///
+    /// # Errors
+    /// The guardian is gone: then nobody would finish or undo the save if we were killed now.
+    fn committing(&mut self) -> Result<()>;
+
+    /// The image has its name: from here on there is no way back.
+    fn published(&mut self);
+
+    /// Leaves the guest as it is, since its image may be whole.
+    fn leave(self, source: io::Error) -> Error;
+
+    /// Does with the guest what was asked for after the save; tells what became of it.
+    fn finish(self) -> Result<Finished>;
 }
 
 /// Saves a guest to an image.
@@ -126,7 +211,18 @@ fn save_guarded(
     sink: &mut dyn Sink,
     progress: &dyn Progress,
 ) -> Result<SaveReport> {
-    let mut guest = guest.stop()?;
+    match request.live {
+        Some(_) => save_subject(guest.go_live()?, request, sink, progress),
+        None => save_subject(guest.stop()?, request, sink, progress),
+    }
+}
+
+fn save_subject(
+    mut guest: impl Subject,
+    request: &SaveRequest,
+    sink: &mut dyn Sink,
+    progress: &dyn Progress,
+) -> Result<SaveReport> {
     let since = Instant::now();
     let sealed = match write_image(&mut guest, request, sink, progress) {
         Ok(sealed) => sealed,
@@ -140,20 +236,36 @@ fn save_guarded(
         Err(PublishError::NotPublished(error)) => {
             return Err(guest.put_back(SaveError::Publish { source: error }.into()));
         }
-        Err(PublishError::Unknown(error)) => return Err(guest.leave_stopped(error)),
+        Err(PublishError::Unknown(error)) => return Err(guest.leave(error)),
     }
-    let stopped_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let guest = guest.finish()?;
+    let stopped = since.elapsed();
+    let finished = guest.finish()?;
+    let downtime = finished.downtime;
     Ok(SaveReport {
-        guest,
-        stopped_ms,
+        guest: finished.guest,
+        stopped_ms: whole_millis(match request.live {
+            Some(_) => downtime.unwrap_or_default(),
+            None => stopped,
+        }),
+        downtime_ms: downtime.map(exact_millis),
+        took_ms: finished.took.map(whole_millis),
+        overlays: finished.overlays,
         ..sealed
     })
 }
 
+fn whole_millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Milliseconds with their microseconds, as far as they fit: more than an hour is no downtime.
+fn exact_millis(duration: Duration) -> f64 {
+    f64::from(u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)) / 1000.0
+}
+
 /// Everything between the guest's stop and the image's name: take its state, describe, seal.
 fn write_image(
-    guest: &mut StoppedGuest,
+    guest: &mut impl Subject,
     request: &SaveRequest,
     sink: &mut dyn Sink,
     progress: &dyn Progress,
@@ -165,7 +277,9 @@ fn write_image(
     };
     let image_uuid = identity.image_uuid;
     let xml = guest.description().domain_xml()?;
-    let provisional = guest.description().provisional(&request.labels);
+    let provisional = guest
+        .description()
+        .provisional(&request.labels, request.then == Then::Resume);
     let head_json = json_of(&provisional)?;
     let head = Head {
         manifest_json: &head_json,
@@ -179,22 +293,22 @@ fn write_image(
         head,
     )?;
     progress.begin("saving", Some(guest.description().memory_bytes));
-    let (encoded, is_direct) = guest.take(
-        request.capture,
-        &mut image,
-        encoding,
-        request.timeout,
-        progress,
-    )?;
+    let (encoded, capture) = guest.take(request, &mut image, encoding, progress)?;
     progress.end();
     progress.begin("sealing", None);
-    let manifest = guest.description().complete(
+    let mut manifest = guest.description().complete(
         provisional,
         &encoded.stream,
-        is_direct,
+        capture,
         request.digest_disks,
         progress,
     )?;
+    if let Some(facts) = manifest.stream.as_mut()
+        && encoding.layout == Layout::Mapped
+    {
+        // Only a stream that is read from its beginning has such a place.
+        facts.device_state_at = None;
+    }
     image.append_section(SectionType::Xml, xml.as_bytes())?;
     image.append_section(SectionType::Manifest, &json_of(&manifest)?)?;
     if let Some(page_map) = encoded.page_map {
@@ -214,7 +328,7 @@ fn write_image(
     if progress.is_cancelled() {
         return Err(pipeline::PipelineError::Cancelled.into());
     }
-    guest.confirm_stopped()?;
+    guest.confirm()?;
     Ok(SaveReport {
         name: guest.description().name.clone(),
         image: request.target.to_string(),
@@ -225,6 +339,9 @@ fn write_image(
         memory_bytes: guest.description().memory_bytes,
         guest: "",
         stopped_ms: 0,
+        downtime_ms: None,
+        took_ms: None,
+        overlays: Vec::new(),
     })
 }
 

@@ -7,11 +7,13 @@ use rustix::net::sockopt::socket_peercred;
 use serde::Serialize;
 
 use super::describe::Description;
-use super::{GuestLeft, SaveError, SaveRequest, Source};
+use super::disks;
+use super::{GuestLeft, SaveError, SaveRequest, Source, Then};
 use crate::container::Layout;
 use crate::error::Result;
 use crate::host::{self, HostError, ProcessFacts, ProcessId, ProcessLock, RuntimeDir};
-use crate::qmp::{QmpClient, QmpError, RunState, SavedSettings};
+use crate::pipeline::PipelineError;
+use crate::qmp::{DiskSnapshot, QmpClient, QmpError, RunState, SavedSettings};
 use crate::store::{Location, check_target};
 
 /// How long a monitor may take to greet.
@@ -27,6 +29,10 @@ pub struct Plan {
     pub(super) was_running: bool,
     /// Keeps other savers away; `None` where the kernel knows no such lock.
     pub(super) lock: Option<ProcessLock>,
+    /// How its disks go on in overlays, if they shall.
+    pub(super) snapshots: Vec<DiskSnapshot>,
+    /// The disks that it may write to, by the names of their devices.
+    writable: Vec<String>,
     report: PlanReport,
 }
 
@@ -51,6 +57,8 @@ pub struct PlanReport {
     pub blockers: Vec<String>,
     /// What of the guest's arguments a restore could not use, each with the reason.
     pub not_restorable: Vec<String>,
+    /// Overlays that its QEMU writes to and that end with it.
+    pub throwaway_disks: Vec<PathBuf>,
 }
 
 impl Plan {
@@ -71,6 +79,7 @@ impl Plan {
     pub fn judge(&self, request: &SaveRequest) -> Result<()> {
         self.refuse_run_state(request.from_postmigrate)?;
         self.refuse_blockers()?;
+        self.refuse_live(request)?;
         self.refuse_target(request)
     }
 
@@ -100,6 +109,9 @@ impl Plan {
         let migration = qmp.query_migrate()?;
         if migration.status.is_active() {
             let guest = name_of(&mut qmp, pid)?;
+            if migration.status.is_postcopy() {
+                return Err(SaveError::LacksMemory { guest }.into());
+            }
             let status = migration.status.to_string();
             return Err(SaveError::MigrationActive { guest, status }.into());
         }
@@ -115,8 +127,18 @@ impl Plan {
             free_bytes: free_bytes(&request.target),
             blockers: migration.blocked_reasons,
             not_restorable: description.not_restorable(),
+            throwaway_disks: description.throwaway_disks(),
         };
         let settings = SavedSettings::record(&mut qmp)?;
+        let writable = disks::writable(&mut qmp)?.into_iter();
+        let writable = writable.map(|(name, _)| name).collect();
+        let snapshots = match request.live {
+            Some(live) if live.disk_snapshot => {
+                let time = jiff::Timestamp::now().as_second().to_string();
+                disks::snapshots(&mut qmp, &description.name, description.directory(), &time)?
+            }
+            _ => Vec::new(),
+        };
         Ok(Plan {
             qmp,
             monitor,
@@ -125,8 +147,18 @@ impl Plan {
             run_state,
             was_running,
             lock,
+            snapshots,
+            writable,
             report,
         })
+    }
+
+    /// The overlays in which its disks will go on.
+    pub(super) fn overlays(&self) -> Vec<PathBuf> {
+        self.snapshots
+            .iter()
+            .map(|it| it.overlay.clone().into())
+            .collect()
     }
 
     /// What a save would do.
@@ -167,6 +199,10 @@ impl Plan {
                 reasons,
             });
         }
+        if !self.report.throwaway_disks.is_empty() {
+            let disks = self.report.throwaway_disks.clone();
+            return Err(SaveError::ThrowawayDisks { guest, left, disks });
+        }
         if !self.report.not_restorable.is_empty() {
             let reasons = self.report.not_restorable.clone();
             return Err(SaveError::NotRestorable {
@@ -178,14 +214,43 @@ impl Plan {
         Ok(())
     }
 
+    /// A guest that runs on has to run, its QEMU to know how, and its disks to stay what they are or to be left behind.
+    fn refuse_live(&self, request: &SaveRequest) -> Result<(), SaveError> {
+        let Some(live) = request.live else {
+            return Ok(());
+        };
+        let guest = self.report.name.clone();
+        if request.then != Then::Resume {
+            return Err(SaveError::LiveThen);
+        }
+        if self.run_state != RunState::Running {
+            let state = self.run_state.clone();
+            return Err(SaveError::NotRunning { guest, state });
+        }
+        if !self.settings.knows_live() {
+            let version = self.report.qemu.clone();
+            return Err(SaveError::LiveUnknown { guest, version });
+        }
+        if !self.writable.is_empty() && !live.disk_snapshot {
+            let disks = self.writable.clone();
+            return Err(SaveError::LiveDisks { guest, disks });
+        }
+        Ok(())
+    }
+
     fn refuse_target(&self, request: &SaveRequest) -> Result<()> {
         let Some(path) = request.target.path() else {
-            return Ok(());
+            return match request.encoding.layout {
+                Layout::Mapped => Err(PipelineError::NoPlaces.into()),
+                _ => Ok(()),
+            };
         };
         check_target(path, request.may_replace)?;
         // Zero pages take no room; a raw image holds every other page, which QEMU cannot hold without memory.
         let needed = match (request.encoding.layout, self.report.resident_bytes) {
-            (Layout::Raw, Some(resident)) => resident.min(self.report.memory_bytes) / 2,
+            (Layout::Raw | Layout::Mapped, Some(resident)) => {
+                resident.min(self.report.memory_bytes) / 2
+            }
             _ => 1 << 20,
         };
         match self.report.free_bytes {

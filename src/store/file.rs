@@ -26,11 +26,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, SeekFrom, flock};
 use rustix::io::Errno;
 
 use super::StoreError;
-use crate::bytes::{PublishError, ReadAt, Sink};
+use crate::bytes::{PublishError, ReadAt, Sink, WriteAt};
 
 /// Bytes collected before they go to the kernel in one write.
 const WRITE_LEN: usize = 1 << 20;
@@ -81,6 +81,47 @@ impl FileSource {
     pub fn file(&self) -> &File {
         &self.file
     }
+
+    /// Keeps others from changing the file, whose name is `path`, as long as this descriptor or one made from it is open,
+    /// here or in a process that inherited it. Any number may do so at a time.
+    ///
+    /// # Errors
+    /// [`StoreError::BeingChanged`] if somebody changes it now; [`StoreError::File`] where the file system knows no locks.
+    pub fn lock_shared(&self, path: &Path) -> Result<(), StoreError> {
+        let path = path.to_owned();
+        match flock(&self.file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(()),
+            Err(Errno::WOULDBLOCK) => Err(StoreError::BeingChanged { path }),
+            Err(errno) => Err(lock_failed(path, errno)),
+        }
+    }
+}
+
+/// Opens the file to change it, which nobody may use meanwhile: see [`FileSource::lock_shared`].
+///
+/// # Errors
+/// [`StoreError::InUse`] if somebody does; [`StoreError::File`] if it cannot be opened for writing, or not be locked.
+pub fn open_to_change(path: &Path) -> Result<File, StoreError> {
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    let file = opened.map_err(|source| StoreError::File {
+        act: "open",
+        path: path.to_owned(),
+        source,
+    })?;
+    let path = path.to_owned();
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(StoreError::InUse { path }),
+        Err(errno) => Err(lock_failed(path, errno)),
+    }
+}
+
+fn lock_failed(path: PathBuf, errno: Errno) -> StoreError {
+    StoreError::File {
+        act: "lock",
+        path,
+        source: errno.into(),
+    }
 }
 
 fn nonblock() -> i32 {
@@ -102,6 +143,16 @@ impl ReadAt for FileSource {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) => Ok(data.min(self.len)),
+            Err(Errno::NXIO) => Ok(self.len),
+            // A file system that does not tell where holes are.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
+            Err(errno) => Err(errno.into()),
+        }
     }
 }
 
@@ -325,6 +376,17 @@ impl Sink for FileSink {
         }
     }
 
+    fn places(&self) -> Option<&dyn WriteAt> {
+        Some(self)
+    }
+
+    fn append_from(&mut self, offset: u64) -> io::Result<()> {
+        self.write_pending()?;
+        rustix::fs::seek(&self.file, SeekFrom::Start(offset))?;
+        (self.written, self.flushed) = (offset, offset);
+        Ok(())
+    }
+
     fn sync(&mut self) -> io::Result<()> {
         self.write_pending()?;
         self.file.sync_data()
@@ -354,6 +416,16 @@ impl Sink for FileSink {
         }
         self.is_published = true;
         sync_names(&self.directory).map_err(PublishError::Unknown)
+    }
+}
+
+impl WriteAt for FileSink {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    fn read_back_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
     }
 }
 
@@ -419,6 +491,30 @@ mod tests {
         sink.sync().unwrap();
         sink.publish().unwrap();
         assert!(std::fs::read(&target).unwrap() == expected);
+    }
+
+    #[test]
+    fn what_is_written_in_its_place_leaves_holes_between() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("x.stow");
+        let mut sink = FileSink::create(&target, false).unwrap();
+        let places = sink.places().unwrap();
+        places.write_all_at(&[2; 4096], 8 << 20).unwrap();
+        places.write_all_at(&[1; 4096], 0).unwrap();
+        let mut back = [0; 2];
+        places.read_back_at(&mut back, 8 << 20).unwrap();
+        assert_eq!(back, [2, 2]);
+        sink.append_from((8 << 20) + 4096).unwrap();
+        sink.append(b"end").unwrap();
+        sink.sync().unwrap();
+        sink.publish().unwrap();
+        let source = FileSource::open(&target).unwrap();
+        assert_eq!(source.len(), (8 << 20) + 4096 + 3);
+        let mut bytes = [0; 4];
+        source.read_exact_at(&mut bytes, (8 << 20) + 4095).unwrap();
+        assert_eq!(&bytes, b"\x02end");
+        assert!((4096..=8 << 20).contains(&source.next_data(4096).unwrap()));
+        assert_eq!(source.next_data(source.len()).unwrap(), source.len());
     }
 
     #[test]
@@ -497,6 +593,32 @@ mod tests {
         let refused = rename_by_link(&from, &to).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(std::fs::read(&to).unwrap(), b"ours");
+    }
+
+    #[test]
+    fn a_file_in_use_is_not_changed_and_a_file_being_changed_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("x.stow");
+        std::fs::write(&path, b"x").unwrap();
+        let users = [(); 2].map(|()| FileSource::open(&path).unwrap());
+        users
+            .iter()
+            .for_each(|user| user.lock_shared(&path).unwrap());
+        let inherited = users[1].file().try_clone().unwrap();
+        drop(users);
+        assert!(matches!(
+            open_to_change(&path),
+            Err(StoreError::InUse { .. })
+        ));
+        drop(inherited);
+        let editor = open_to_change(&path).unwrap();
+        let user = FileSource::open(&path).unwrap();
+        assert!(matches!(
+            user.lock_shared(&path),
+            Err(StoreError::BeingChanged { .. })
+        ));
+        drop(editor);
+        user.lock_shared(&path).unwrap();
     }
 
     #[test]

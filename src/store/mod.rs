@@ -4,11 +4,13 @@
 //! directory and takes the good name only when it is published; a [`PipeSink`] writes to a descriptor and keeps
 //! the end back until then.
 
+mod append;
 mod file;
 mod location;
 mod pipe;
 
-pub use file::{FileIdentity, FileSink, FileSource, check_target, temporary_name};
+pub use append::FileAppender;
+pub use file::{FileIdentity, FileSink, FileSource, check_target, open_to_change, temporary_name};
 pub use location::Location;
 pub use pipe::{PipeSink, spool};
 
@@ -34,6 +36,18 @@ pub enum StoreError {
     #[error("{} exists", path.display())]
     Exists {
         /// The name.
+        path: PathBuf,
+    },
+    /// A guest runs on the image.
+    #[error("{} is in use: a guest runs on it", path.display())]
+    InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Somebody changes the image.
+    #[error("{} is being changed by another program", path.display())]
+    BeingChanged {
+        /// The image.
         path: PathBuf,
     },
     /// The path names no regular file.
@@ -68,6 +82,7 @@ impl Blame for StoreError {
                 ErrorKind::Usage
             }
             StoreError::NotAFile { .. } => ErrorKind::Usage,
+            StoreError::InUse { .. } | StoreError::BeingChanged { .. } => ErrorKind::Host,
             StoreError::File { .. } | StoreError::Pipe { .. } => ErrorKind::Failed,
         }
     }

@@ -88,6 +88,21 @@ pub(super) fn read(
     Err(error.unwrap_or_else(|| region.truncated()))
 }
 
+/// The FULL sections of a whole region, without the EOF byte and the vmdescription behind them. `None` if it does not
+/// end as a stream does; the sections themselves are not looked at.
+pub fn sections_of(region: &[u8]) -> Option<&[u8]> {
+    let looked_at = Region {
+        bytes: region,
+        start: StreamOffset(0),
+        before: None,
+    };
+    let described = looked_at.candidates_at_end().next();
+    let described = described.and_then(|candidate| region.get(..candidate.eof));
+    described
+        .or_else(|| region.strip_suffix(&EOF_AND_EMPTY_DESCRIPTION))
+        .or_else(|| region.strip_suffix(&EOF))
+}
+
 /// The region's bytes and where they lie in the stream.
 struct Region<'a> {
     bytes: &'a [u8],
@@ -221,6 +236,16 @@ impl Candidate<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sections_are_cut_off_in_front_of_what_ends_a_stream() {
+        for end in [&b"\0"[..], b"\0\x06\0\0\0\0", b"\0\x06\0\0\0\x02{}"] {
+            let region = [b"\x04 sections \x7e\0\0\0\x05", end].concat();
+            let sections = sections_of(&region);
+            assert_eq!(sections, Some(&region[..region.len() - end.len()]));
+        }
+        assert_eq!(sections_of(b"\x04 cut"), None);
+    }
 
     #[test]
     fn a_million_forged_vmdescriptions_are_looked_at_once_each() {

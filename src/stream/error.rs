@@ -95,6 +95,14 @@ pub enum StreamError {
         at: Place,
         machine_type: Option<String>,
     },
+    #[error("the stream is not of the mapped-ram layout")]
+    NotMappedRam { at: Place },
+    #[error("RAMBlock {idstr:?} {problem}")]
+    MappedBlock {
+        at: Place,
+        idstr: String,
+        problem: &'static str,
+    },
     #[error("the stream was written with capability {name:?}")]
     Capability { at: Place, name: String },
 
@@ -240,6 +248,8 @@ impl StreamError {
             | E::ConfigurationVersion { at, .. }
             | E::PageBits { at, .. }
             | E::MappedRam { at, .. }
+            | E::NotMappedRam { at }
+            | E::MappedBlock { at, .. }
             | E::Capability { at, .. }
             | E::UnknownSectionType { at, .. }
             | E::MisplacedSection { at, .. }

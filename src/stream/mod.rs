@@ -11,6 +11,8 @@
 //! | `device_state`, `device_walk`, `footer_search` | the device sections: with their description and without |
 //! | `vmdescription` | the JSON that tells how long they are |
 //! | [`writer`] | the stream around page records that were not made by QEMU |
+//! | [`postcopy`] | what the source of a postcopy migration sends and hears |
+//! | [`mapped_ram`] | the layout in which pages lie at places of their own |
 //! | `section` | the header and the footer of every section |
 //! | [`error`] | what can be wrong with a stream |
 //! | `cursor` | big-endian integers and names, read forward |
@@ -20,8 +22,10 @@ mod device_state;
 mod device_walk;
 pub mod error;
 mod footer_search;
+pub mod mapped_ram;
 mod page_set;
 pub mod parser;
+pub mod postcopy;
 mod ram;
 #[cfg(test)]
 mod sample;
@@ -30,7 +34,7 @@ mod vmdescription;
 pub mod wire;
 pub mod writer;
 
-pub use device_state::{DeviceSection, VmDescription};
+pub use device_state::{DeviceSection, VmDescription, sections_of};
 pub use error::{Place, StreamError};
 pub use parser::{Element, Event, Parser, StreamSummary, is_stream_start};
 pub use ram::RamBlock;

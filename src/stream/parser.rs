@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::cursor::{Cursor, Stop};
 use super::device_state::{self, DeviceSection, VmDescription};
 use super::error::{Place, SectionName, StreamError};
+use super::mapped_ram;
 use super::ram::{Ram, RamBlock, Record};
 use super::section::{SectionHeader, read_footer};
 use super::wire;
@@ -58,6 +59,16 @@ pub enum Event {
         /// Where in the element the page's 4096 bytes or the fill byte begin.
         body: usize,
     },
+    /// An entry of the block list whose pages lie at places of their own. The next element begins behind the last of
+    /// them, at [`Parser::position`]; what lies before is not shown to the parser.
+    MappedBlock {
+        /// The RAMBlock's place in [`Parser::blocks`].
+        block: usize,
+        /// Where its bitmap lies in the stream.
+        bitmap: u64,
+        /// Where its pages lie in the stream.
+        pages: u64,
+    },
     /// Bytes of the device state region: everything behind the RAM's end. Its pieces are cut as the input was.
     DeviceState,
 }
@@ -67,7 +78,7 @@ pub enum Event {
 pub struct StreamSummary {
     /// The resolved machine type, such as `pc-q35-10.0`; `None` for machine types up to 2.3, which do not write it.
     pub machine_type: Option<String>,
-    /// The capabilities that both sides must have; none that is known can be read, so always empty today.
+    /// The capabilities that both sides must have: `mapped-ram`, or none.
     pub capabilities: Vec<String>,
     /// The guest's UUID; only with the capability `validate-uuid`.
     pub uuid: Option<Uuid>,
@@ -79,6 +90,8 @@ pub struct StreamSummary {
     pub run_state: Option<String>,
     /// The JSON about the device sections; `None` with `suppress-vmdesc=on` or if it is empty.
     pub vmdescription: Option<VmDescription>,
+    /// Where the device state begins, behind the end of the RAM.
+    pub device_state: StreamOffset,
     /// The length of the stream in bytes.
     pub len: u64,
     /// Page records that carry 4096 bytes.
@@ -104,6 +117,8 @@ pub struct Parser {
 
 #[derive(Default)]
 struct Configuration {
+    /// Whether the stream has to be of the mapped-ram layout; otherwise it must not be.
+    is_mapped: bool,
     machine_type: Option<String>,
     capabilities: Vec<String>,
     uuid: Option<Uuid>,
@@ -140,6 +155,13 @@ impl Parser {
         }
     }
 
+    /// At the beginning of a stream of the mapped-ram layout.
+    pub fn mapped_ram() -> Self {
+        let mut parser = Parser::new();
+        parser.configuration.is_mapped = true;
+        parser
+    }
+
     /// Parses the next element, which starts at `input[0]`.
     ///
     /// `input` are bytes that are not consumed yet, from [`position`](Self::position) on. `Ok(None)`: more are
@@ -152,6 +174,9 @@ impl Parser {
         match self.step(input) {
             Ok(element) => {
                 self.position += element.len as u64;
+                if let Event::MappedBlock { block, pages, .. } = element.event {
+                    self.position = pages + self.blocks()[block].used_length;
+                }
                 Ok(Some(element))
             }
             Err(Stop::NeedMore) => Ok(None),
@@ -167,6 +192,11 @@ impl Parser {
     /// The RAMBlocks, known after the list at the start of the RAM.
     pub fn blocks(&self) -> &[RamBlock] {
         self.ram.as_ref().map_or(&[], Ram::blocks)
+    }
+
+    /// The number of the `ram` section, known after its header.
+    pub fn ram_section(&self) -> Option<u32> {
+        self.ram.as_ref().map(Ram::section_id)
     }
 
     /// The machine type, known after the configuration.
@@ -209,6 +239,7 @@ impl Parser {
             sections: device.sections,
             run_state: device.run_state,
             vmdescription: device.vmdescription,
+            device_state: StreamOffset(start),
             len: self.position,
             data_pages: counts.data,
             zero_pages: counts.zero,
@@ -327,9 +358,7 @@ impl Parser {
         let name = text(at.clone(), "a subsection's name", cursor.str8()?)?;
         let version = cursor.be32()?;
         match name.as_str() {
-            "configuration/target-page-bits"
-            | "configuration/capabilities"
-            | "configuration/uuid" => {}
+            "configuration/target-page-bits" | wire::CAPABILITIES | "configuration/uuid" => {}
             _ => return Err(StreamError::UnknownConfiguration { at, name }.into()),
         }
         if version != 1 {
@@ -364,11 +393,19 @@ impl Parser {
             let at = self.place(cursor.offset());
             names.push(text(at, "a capability", cursor.str8()?)?);
         }
-        if names.iter().any(|name| name == "mapped-ram") {
+        let is_mapped = self.configuration.is_mapped;
+        if is_mapped && names == [mapped_ram::CAPABILITY] {
+            self.configuration.capabilities = names;
+            return Ok(());
+        }
+        if !is_mapped && names.iter().any(|name| name == mapped_ram::CAPABILITY) {
             let machine_type = self.configuration.machine_type.clone();
             return Err(StreamError::MappedRam { at, machine_type }.into());
         }
-        if let Some(name) = names.into_iter().next() {
+        let mut others = names
+            .into_iter()
+            .filter(|name| name != mapped_ram::CAPABILITY);
+        if let Some(name) = others.next() {
             return Err(StreamError::Capability { at, name }.into());
         }
         Ok(())
@@ -417,7 +454,11 @@ impl Parser {
             }
             .into());
         }
-        self.ram = Some(Ram::new(header.section_id));
+        let is_mapped = self.configuration.is_mapped;
+        if is_mapped && self.configuration.capabilities.is_empty() {
+            return Err(StreamError::NotMappedRam { at }.into());
+        }
+        self.ram = Some(Ram::new(header.section_id, is_mapped));
         self.last = Some(header.name());
         self.state = State::Ram { is_last: false };
         Ok(())

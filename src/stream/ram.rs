@@ -9,6 +9,7 @@ use std::collections::HashMap;
 
 use super::cursor::{Cursor, Stop};
 use super::error::{Place, StreamError};
+use super::mapped_ram::read_places;
 use super::page_set::PageSet;
 use super::parser::{Element, Event};
 use super::wire;
@@ -41,6 +42,8 @@ pub(super) struct PageCounts {
 /// What is known about guest memory while the stream is read.
 pub(super) struct Ram {
     section_id: u32,
+    /// Whether pages lie at places of their own, which the block list names.
+    is_mapped: bool,
     /// Bytes of RAM that the block list has still to name; `None` before the list.
     unlisted: Option<u64>,
     blocks: Vec<RamBlock>,
@@ -61,9 +64,10 @@ pub(super) enum Record {
 
 impl Ram {
     /// Before the first record of section `section_id`.
-    pub(super) fn new(section_id: u32) -> Self {
+    pub(super) fn new(section_id: u32, is_mapped: bool) -> Self {
         Ram {
             section_id,
+            is_mapped,
             unlisted: None,
             blocks: Vec::new(),
             by_idstr: HashMap::new(),
@@ -150,6 +154,7 @@ impl Ram {
         let flags = word & wire::RAM_SAVE_FLAG_MASK;
         let offset = word - flags;
         match flags & !wire::RAM_SAVE_FLAG_CONTINUE {
+            _ if self.is_mapped => self.read_other(&cursor, flags, offset),
             wire::RAM_SAVE_FLAG_PAGE => self.read_page(cursor, flags, offset, false),
             wire::RAM_SAVE_FLAG_ZERO => self.read_page(cursor, flags, offset, true),
             _ => self.read_other(&cursor, flags, offset),
@@ -245,7 +250,7 @@ impl Ram {
         Ok(())
     }
 
-    /// One entry of the block list: str8 idstr · be64 used_length.
+    /// One entry of the block list: str8 idstr · be64 used_length, and where pages lie if they have places of their own.
     fn read_block(&mut self, mut cursor: Cursor<'_>) -> Result<Element, Stop> {
         let at = self.place(cursor.offset());
         let idstr = match cursor.str8()? {
@@ -257,10 +262,22 @@ impl Ram {
             }
         };
         let used_length = cursor.be64()?;
+        let mut event = Event::Framing;
+        if self.is_mapped {
+            let places = read_places(&mut cursor, &at, &idstr, used_length)?;
+            event = Event::MappedBlock {
+                block: self.blocks.len(),
+                bitmap: places.bitmap,
+                pages: places.pages,
+            };
+        }
         self.add_block(at, idstr, used_length)?;
+        if let Some(seen) = self.seen.last_mut().filter(|_| self.is_mapped) {
+            seen.fill();
+        }
         Ok(Element {
             len: cursor.len(),
-            event: Event::Framing,
+            event,
         })
     }
 

@@ -74,6 +74,8 @@ pub const RAM_SAVE_FLAG_COMPRESS_PAGE: u64 = 0x100;
 /// A meeting point with multifd's channels; §6.
 pub const RAM_SAVE_FLAG_MULTIFD_FLUSH: u64 = 0x200;
 
+/// The configuration's list of capabilities; §3.
+pub const CAPABILITIES: &str = "configuration/capabilities";
 /// The version of the `ram` section; §6.
 pub const RAM_SAVE_VERSION: u32 = 4;
 /// The idstr of the `ram` section; §6.

@@ -29,28 +29,51 @@ const HEADER_LEN: usize = 8;
 /// `machine_type` is the resolved one, `ram_section` from [`unused_section`]. Names longer than the format takes are cut;
 /// QEMU has none.
 pub fn before_pages(machine_type: &str, ram_section: u32, blocks: &[RamBlock]) -> Vec<u8> {
-    let mut bytes = header().to_vec();
-    bytes.push(wire::QEMU_VM_CONFIGURATION);
-    let machine_type = short(machine_type);
-    bytes.extend([0, 0, 0, len_of(machine_type)]);
-    bytes.extend(machine_type);
-
-    bytes.push(wire::QEMU_VM_SECTION_START);
+    let mut bytes = configuration(machine_type, None);
+    bytes.extend(block_list(ram_section, blocks));
+    bytes.push(wire::QEMU_VM_SECTION_END);
     bytes.extend(ram_section.to_be_bytes());
-    push_str8(&mut bytes, wire::RAM_IDSTR);
-    bytes.extend(0_u32.to_be_bytes());
-    bytes.extend(wire::RAM_SAVE_VERSION.to_be_bytes());
-    let total: u64 = blocks.iter().map(|block| block.used_length).sum();
-    bytes.extend((total | wire::RAM_SAVE_FLAG_MEM_SIZE).to_be_bytes());
+    bytes
+}
+
+/// The START of the `ram` section: the list of `blocks`, and no page.
+pub fn block_list(ram_section: u32, blocks: &[RamBlock]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    push_ram_start(&mut bytes, ram_section, blocks);
     for block in blocks {
         push_str8(&mut bytes, &block.idstr);
         bytes.extend(block.used_length.to_be_bytes());
     }
     bytes.extend(behind_pages(ram_section));
-
-    bytes.push(wire::QEMU_VM_SECTION_END);
-    bytes.extend(ram_section.to_be_bytes());
     bytes
+}
+
+/// Header and configuration, with the one capability that the stream is written with, if there is one.
+pub(super) fn configuration(machine_type: &str, capability: Option<&str>) -> Vec<u8> {
+    let mut bytes = header().to_vec();
+    bytes.push(wire::QEMU_VM_CONFIGURATION);
+    let machine_type = short(machine_type);
+    bytes.extend([0, 0, 0, len_of(machine_type)]);
+    bytes.extend(machine_type);
+    if let Some(capability) = capability {
+        bytes.push(wire::QEMU_VM_SUBSECTION);
+        push_str8(&mut bytes, wire::CAPABILITIES);
+        bytes.extend(1_u32.to_be_bytes());
+        bytes.extend(1_u32.to_be_bytes());
+        push_str8(&mut bytes, capability);
+    }
+    bytes
+}
+
+/// The head of the `ram` section up to the first entry of the block list.
+pub(super) fn push_ram_start(bytes: &mut Vec<u8>, ram_section: u32, blocks: &[RamBlock]) {
+    bytes.push(wire::QEMU_VM_SECTION_START);
+    bytes.extend(ram_section.to_be_bytes());
+    push_str8(bytes, wire::RAM_IDSTR);
+    bytes.extend(0_u32.to_be_bytes());
+    bytes.extend(wire::RAM_SAVE_VERSION.to_be_bytes());
+    let total: u64 = blocks.iter().map(|block| block.used_length).sum();
+    bytes.extend((total | wire::RAM_SAVE_FLAG_MEM_SIZE).to_be_bytes());
 }
 
 /// What ends the page records: the EOS word and the section's footer.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::side_process::Failed;
 use crate::error::{Blame, ErrorKind};
 use crate::host::HostError;
 use crate::qmp::{MigrationStatus, QmpError, RunState};
@@ -84,11 +85,32 @@ pub enum SuperviseError {
         /// How long we waited.
         waited: Duration,
     },
+    /// QEMU does not give up its watch over the guest's memory.
+    #[error("QEMU still watches the guest's memory, {:.0} s after its migration ended", waited.as_secs_f64())]
+    WatchStuck {
+        /// How long we waited.
+        waited: Duration,
+    },
     /// `cont` was accepted, yet the guest does not run.
     #[error("the guest does not run again: it is {state}")]
     NotRunning {
         /// What it is instead.
         state: RunState,
+    },
+    /// A process of ours that works for a guest did not do so.
+    #[error(transparent)]
+    Side(#[from] Failed),
+    /// It ended without a word.
+    #[error("a process that works for the guest ended before its work")]
+    SideEnded,
+    /// The keeper of a lazily restored guest does not answer.
+    #[error("the keeper of the guest is gone")]
+    NoKeeper(#[source] Option<io::Error>),
+    /// QEMU does not take up again what broke off.
+    #[error("QEMU does not let its memory be served again")]
+    NotRecovered {
+        /// QEMU's words.
+        words: String,
     },
     /// Even SIGKILL did not end it.
     #[error("process {pid} did not end, not even by SIGKILL")]
@@ -110,6 +132,7 @@ impl Blame for SuperviseError {
         match self {
             SuperviseError::Host(error) => error.kind(),
             SuperviseError::Qmp(error) => error.kind(),
+            SuperviseError::Side(failed) => failed.kind(),
             SuperviseError::EmptyArguments => ErrorKind::Usage,
             SuperviseError::Instruction(_)
             | SuperviseError::NotReady { .. }
@@ -122,7 +145,16 @@ impl Blame for SuperviseError {
         match self {
             SuperviseError::Host(error) => error.at(),
             SuperviseError::Qmp(error) => error.at(),
+            SuperviseError::Side(failed) => failed.at.clone(),
             _ => None,
+        }
+    }
+
+    fn facts(&self) -> Vec<String> {
+        match self {
+            SuperviseError::Side(failed) => failed.facts.clone(),
+            SuperviseError::NotRecovered { words } => vec![words.clone()],
+            _ => Vec::new(),
         }
     }
 }

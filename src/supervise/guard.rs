@@ -15,7 +15,7 @@ use std::io::{self, BufRead, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use rustix::stdio::dup2_stdout;
@@ -23,9 +23,9 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM};
 
 use super::error::SuperviseError;
 use super::guardian::{GuardianInstruction, NodeIdentity, READY, Then, Word};
-use super::undo::put_back;
+use super::undo::{put_back, put_back_live, while_draining};
 use crate::host::{HostError, ProcessId};
-use crate::qmp::{QmpClient, QmpError};
+use crate::qmp::{QmpClient, QmpError, RunState};
 
 /// How long the monitor may stay busy: QEMU frees it once it notices that the saver is gone.
 const CONNECT_TAKES: Duration = Duration::from_secs(30);
@@ -68,8 +68,8 @@ pub fn run() -> ExitCode {
 fn prepare(input: &mut impl BufRead) -> Option<GuardianInstruction> {
     let mut line = String::new();
     input.read_line(&mut line).ok()?;
-    let instruction = serde_json::from_str(&line).ok()?;
-    detach().ok()?;
+    let instruction: GuardianInstruction = serde_json::from_str(&line).ok()?;
+    detach(instruction.stream).ok()?;
     // A saver that was killed by now cannot read it, and needs a guardian all the same.
     let _ = io::stdout().write_all(READY.as_bytes());
     let _ = io::stdout().flush();
@@ -78,24 +78,26 @@ fn prepare(input: &mut impl BufRead) -> Option<GuardianInstruction> {
     Some(instruction)
 }
 
-fn detach() -> io::Result<()> {
+/// Makes this process one that outlives its parent's terminal, and closes all it inherited but `stream`.
+pub(super) fn detach(stream: Option<i32>) -> io::Result<()> {
     for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGPIPE] {
         // Caught and never looked at; system calls that it interrupts are taken up again.
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
     }
     std::env::set_current_dir("/")?;
-    close_inherited()
+    close_inherited(stream)
 }
 
 /// Closes what somebody let us inherit: a pipe's end kept open here could keep its reader waiting.
-fn close_inherited() -> io::Result<()> {
+fn close_inherited(but: Option<i32>) -> io::Result<()> {
     // Collected as numbers: once the directory is closed again its own is the one that is not open.
     let entries = fs::read_dir("/proc/self/fd")?.flatten();
     let numbers: Vec<i32> = entries
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .collect();
     let is_open = |number: &i32| fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok();
-    for number in numbers.into_iter().filter(|it| *it > 2 && is_open(it)) {
+    let is_strange = |number: &i32| *number > 2 && Some(*number) != but;
+    for number in numbers.into_iter().filter(is_strange).filter(is_open) {
         // SAFETY: this is the beginning of the process, and it has opened nothing that it still holds: standard
         // input, output and error are the only descriptors that an object of this program owns.
         unsafe { rustix::io::close(number) };
@@ -127,6 +129,7 @@ fn listen(input: &mut impl BufRead, instruction: &mut GuardianInstruction) -> Op
                 instruction.temporary = Some(path);
                 instruction.temporary_identity = Some(identity);
             }
+            Ok(Word::RunsOn) => instruction.runs_on = true,
             Ok(Word::Committing) => stage = Stage::Committing,
             Ok(Word::Published) => stage = Stage::Published,
             Ok(Word::StandDown) => return None,
@@ -181,11 +184,17 @@ fn is_file(path: Option<&Path>, identity: Option<NodeIdentity>) -> bool {
 }
 
 fn undo(instruction: &GuardianInstruction) -> Report {
-    let outcome = connect(instruction)
-        .and_then(|mut qmp| put_back(&mut qmp, &instruction.settings, instruction.was_running));
+    let outcome = match instruction.stream {
+        Some(number) => undo_live(instruction, number),
+        None => connect(instruction)
+            .and_then(|mut qmp| put_back(&mut qmp, &instruction.settings, instruction.was_running)),
+    };
     let mut report = match outcome {
         Ok(state) => Report {
-            text: format!("the guest was put back and is {state}"),
+            text: format!(
+                "the guest was put back and is {state}{}",
+                new_overlays(instruction)
+            ),
             is_settled: true,
         },
         Err(error) if is_gone(instruction, &error) => Report {
@@ -199,6 +208,27 @@ fn undo(instruction: &GuardianInstruction) -> Report {
     };
     remove_temporary(instruction, &mut report);
     report
+}
+
+/// The descriptor is the pipe that QEMU writes to, which the saver read until now; without a reader QEMU could not even
+/// answer.
+fn undo_live(instruction: &GuardianInstruction, number: i32) -> Result<RunState, SuperviseError> {
+    let stream = File::open(format!("/proc/self/fd/{number}")).ok();
+    while_draining(stream.as_ref(), |drained| {
+        let mut qmp = connect(instruction)?;
+        let settings = &instruction.settings;
+        put_back_live(&mut qmp, settings, drained, instruction.runs_on)
+    })
+}
+
+/// Says where the guest's disks go on, if the save got so far.
+fn new_overlays(instruction: &GuardianInstruction) -> String {
+    let made = instruction.overlays.iter().filter(|path| path.exists());
+    let made: Vec<String> = made.map(|path| path.display().to_string()).collect();
+    match made.is_empty() {
+        true => String::new(),
+        false => format!(", its disks in the new overlays {}", made.join(" and ")),
+    }
 }
 
 /// Removes the unfinished image, but no other file that may have its name by now.
@@ -266,6 +296,10 @@ fn settle_guest(instruction: &GuardianInstruction) -> Result<String, SuperviseEr
     if instruction.then == Then::Quit {
         qmp.quit()?;
         return Ok("QEMU was told to quit".to_owned());
+    }
+    if instruction.stream.is_some() {
+        let state = put_back_live(&mut qmp, &instruction.settings, &AtomicU64::new(0), true)?;
+        return Ok(format!("the guest is {state}"));
     }
     let shall_run = instruction.then == Then::Resume && instruction.was_running;
     let state = put_back(&mut qmp, &instruction.settings, shall_run)?;
@@ -337,6 +371,9 @@ mod tests {
             temporary: None,
             target: None,
             temporary_identity: None,
+            overlays: Vec::new(),
+            runs_on: false,
+            stream: None,
         }
     }
 

@@ -5,6 +5,7 @@
 
 use std::fs::Metadata;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -80,6 +81,16 @@ pub struct GuardianInstruction {
     /// Which file the temporary one is; `None` until it is made, see [`Guardian::temporary`]. Without it the outcome
     /// of a rename cannot be known.
     pub temporary_identity: Option<NodeIdentity>,
+    /// Overlays in which the guest's disks go on, if they were made.
+    #[serde(default)]
+    pub overlays: Vec<PathBuf>,
+    /// Of a guest that runs while it is saved: the descriptor, inherited, from which QEMU's stream can be read. While the
+    /// saver lives only it reads; afterwards the pipe must not break, see [`put_back_live`](super::put_back_live).
+    #[serde(default)]
+    pub stream: Option<i32>,
+    /// Whether the guest runs while it is saved, so that nobody has to let it run again; see [`Guardian::runs_on`].
+    #[serde(default)]
+    pub runs_on: bool,
 }
 
 /// What the saver tells after the instruction.
@@ -91,6 +102,8 @@ pub(super) enum Word {
         path: PathBuf,
         identity: NodeIdentity,
     },
+    /// The guest runs on from here.
+    RunsOn,
     /// The rename comes next.
     Committing,
     /// The rename is done.
@@ -118,12 +131,28 @@ impl Guardian {
         program: &Path,
         instruction: &GuardianInstruction,
     ) -> Result<Self, SuperviseError> {
+        Guardian::start_with(program, instruction, None)
+    }
+
+    /// As [`Guardian::start`], of a guest that runs while it is saved: with the other end of the pipe that QEMU writes to.
+    ///
+    /// # Errors
+    /// As [`Guardian::start`].
+    pub fn start_with(
+        program: &Path,
+        instruction: &GuardianInstruction,
+        stream: Option<OwnedFd>,
+    ) -> Result<Self, SuperviseError> {
+        let instruction = &GuardianInstruction {
+            stream: stream.as_ref().map(AsRawFd::as_raw_fd),
+            ..instruction.clone()
+        };
         let line = line_of(&instruction.absolute()?)?;
         let mut command = Command::new(program);
         command.arg(SUBCOMMAND);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         // From its first moment on: a Ctrl-C that ends the saver must not reach it.
-        leave_session(&mut command, Vec::new());
+        leave_session(&mut command, stream.into_iter().collect());
         let mut child = command.spawn().map_err(|source| SuperviseError::Spawn {
             program: program.to_owned(),
             source,
@@ -155,6 +184,14 @@ impl Guardian {
     pub fn temporary(&mut self, path: &Path, identity: NodeIdentity) -> Result<(), SuperviseError> {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         self.tell(&Word::Temporary { path, identity })
+    }
+
+    /// The guest runs on while its memory is written: from now on whether it runs is its user's business.
+    ///
+    /// # Errors
+    /// [`SuperviseError::GuardianGone`] if nobody listens.
+    pub fn runs_on(&mut self) -> Result<(), SuperviseError> {
+        self.tell(&Word::RunsOn)
     }
 
     /// The rename comes next. Only call it once the image is complete under its temporary name and synced. On a pipe

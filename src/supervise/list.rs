@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::error::SuperviseError;
 use super::launch::{GuestDescription, failed};
+use super::serving::{Phase, Serving};
 use crate::host::{GuestDir, ProcessId, RuntimeDir, listener_of};
 
 /// A directory without a description is a start under way, until it is this old.
@@ -18,6 +19,8 @@ pub struct GuestList {
     pub running: Vec<GuestDescription>,
     /// The names of those whose QEMU is gone; their directories were removed.
     pub cleaned: Vec<String>,
+    /// The names of those whose lazy restore was cut off before they ran; it can be started over.
+    pub cut_off: Vec<String>,
 }
 
 /// Lists the guests of ours and removes what is left of those that ended.
@@ -27,6 +30,7 @@ pub fn list(runtime: &RuntimeDir) -> Result<GuestList, SuperviseError> {
         match describe(&dir)? {
             Some(guest) if guest.process.is_alive() => found.running.push(guest),
             None if is_young(&dir) => {}
+            Some(_) if is_cut_off(&dir) => found.cut_off.push(dir.name().to_owned()),
             _ => {
                 dir.remove()?;
                 found.cleaned.push(dir.name().to_owned());
@@ -65,6 +69,15 @@ fn undescribed(dir: &GuestDir) -> Option<GuestDescription> {
         qmp,
         started_at: started_at.ok()?.try_into().ok()?,
     })
+}
+
+/// Whether who gave it its memory was killed before it could run.
+fn is_cut_off(dir: &GuestDir) -> bool {
+    match Serving::of(dir) {
+        Ok(Some(serving)) => serving.phase == Phase::Loading && serving.is_broken_off(),
+        Ok(None) => dir.lazy().exists(),
+        Err(_) => false,
+    }
 }
 
 fn is_young(dir: &GuestDir) -> bool {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
+use super::damage::damage_of;
 use super::error::SuperviseError;
 use super::list::describe;
 use crate::host::{HostError, ProcessHandle, RuntimeDir};
@@ -32,12 +33,14 @@ pub enum Ended {
     Terminated,
     /// Nothing but SIGKILL helped.
     Killed,
+    /// It was frozen, since its image is damaged: SIGKILL came first.
+    Frozen,
 }
 
 /// Ends the guest of that name, waits until its QEMU is gone and removes its directory.
 ///
 /// With `graceful` its power button is pressed first, and it gets that long to shut down. Then come `quit`, SIGTERM
-/// and SIGKILL, each only if the one before it did not help.
+/// and SIGKILL, each only if the one before it did not help. A guest that is frozen hears none but the last.
 ///
 /// # Errors
 /// [`HostError::NoSuchGuest`] if there is none of that name.
@@ -50,6 +53,7 @@ pub fn stop(
     let ended = match describe(&dir)? {
         None => Ended::Already,
         Some(guest) => match guest.process.open() {
+            Ok(handle) if damage_of(&dir)?.is_some() => kill(&handle, guest.process.pid)?,
             Ok(handle) => end(&handle, &guest.qmp, guest.process.pid, graceful)?,
             Err(HostError::NoSuchProcess { .. }) => Ended::Already,
             Err(error) => return Err(error.into()),
@@ -57,6 +61,14 @@ pub fn stop(
     };
     dir.remove()?;
     Ok(ended)
+}
+
+fn kill(handle: &ProcessHandle, pid: i32) -> Result<Ended, SuperviseError> {
+    handle.signal(Signal::KILL)?;
+    match handle.wait_gone(AFTER_SIGNAL)? {
+        true => Ok(Ended::Frozen),
+        false => Err(SuperviseError::Unkillable { pid }),
+    }
 }
 
 fn end(

@@ -18,6 +18,7 @@ mod clock;
 mod contender;
 mod domain;
 mod end;
+mod first_tick;
 mod guests;
 mod libvirtd;
 mod machine;
@@ -87,6 +88,9 @@ fn compare(options: &Options) {
             images.remove(&dir);
         }
         dir.forget_payload();
+    }
+    if options.wants_first_tick() {
+        first_tick::run_all(&dir, options.pairs, &mut results);
     }
     if options.wants_memory() {
         memory::run(&dir, &mut results);

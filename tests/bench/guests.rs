@@ -64,6 +64,17 @@ impl Recipe {
         }
     }
 
+    /// A guest of that size with little known content.
+    pub fn small(memory_mib: u64) -> Self {
+        Recipe {
+            name: format!("full {memory_mib} MiB"),
+            memory_mib,
+            content_mib: 16,
+            from: "mixed",
+            disk: None,
+        }
+    }
+
     pub fn kernel_arguments(&self) -> String {
         format!(
             "console=ttyS0 quiet panic=-1 content={} from={} witness",

@@ -62,11 +62,13 @@ pub enum Work {
     Size,
     /// How much memory vmstow needs for guests of 1, 2 and 4 GiB
     Memory,
+    /// How soon a guest of 512 MiB to 8 GiB goes on, restored lazily or mapped
+    FirstTick,
 }
 
 impl Options {
     pub fn guests(&self) -> Vec<GuestName> {
-        if self.only == Some(Work::Memory) {
+        if matches!(self.only, Some(Work::Memory | Work::FirstTick)) {
             Vec::new()
         } else if self.guest.is_empty() {
             GuestName::value_variants().to_vec()
@@ -79,6 +81,12 @@ impl Options {
     pub fn wants_memory(&self) -> bool {
         self.only
             .map_or(self.guest.is_empty(), |only| only == Work::Memory)
+    }
+
+    /// As [`Options::wants_memory`].
+    pub fn wants_first_tick(&self) -> bool {
+        self.only
+            .map_or(self.guest.is_empty(), |only| only == Work::FirstTick)
     }
 
     pub fn wants(&self, work: Work) -> bool {

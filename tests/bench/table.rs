@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use crate::clock::Cost;
+use crate::first_tick::{TICK, TickRow};
 use crate::machine;
 use crate::rounds::{
     OURS_RAW, OURS_ZSTD, QEMU_FILE, QEMU_MAPPED, QEMU_ZSTD, VIRSH_RAW, VIRSH_SPARSE, VIRSH_ZSTD,
@@ -74,6 +75,7 @@ pub struct Results {
     samples: Vec<Sample>,
     sizes: Vec<SizeRow>,
     memory: Vec<MemoryRow>,
+    ticks: Vec<TickRow>,
 }
 
 impl Results {
@@ -84,6 +86,7 @@ impl Results {
             samples: Vec::new(),
             sizes: Vec::new(),
             memory: Vec::new(),
+            ticks: Vec::new(),
         }
     }
 
@@ -97,6 +100,10 @@ impl Results {
 
     pub fn add_memory(&mut self, row: MemoryRow) {
         self.memory.push(row);
+    }
+
+    pub fn add_ticks(&mut self, row: TickRow) {
+        self.ticks.push(row);
     }
 
     pub fn markdown(&self) -> String {
@@ -144,6 +151,41 @@ impl Results {
                 row.guest,
                 MEMORY_TARGET >> 20
             );
+        }
+        if !self.ticks.is_empty() {
+            let virsh = self.ticks.iter().find(|row| !row.virsh.is_empty());
+            text += "\n| guest | bare QEMU, s | `--lazy` to the next tick, s | of 1.5 × bare + a tick | `--map` | of it | eager \
+                | `--lazy` to the end / eager | target | longest wait for a page, ms |\n|---|---|---|---|---|---|---|---|---|---|\n";
+            self.ticks
+                .iter()
+                .for_each(|row| write_ticks(&mut text, row));
+            if let Some(row) = virsh {
+                let (lazy, mapped, virsh) =
+                    (median(&row.lazy), median(&row.mapped), median(&row.virsh));
+                let _ = writeln!(
+                    text,
+                    "\n{}: `virsh restore` raw takes {virsh:.3} s to the next tick; `--lazy` / it {:.3}: {}; `--map` / it {:.3}: {}",
+                    row.guest,
+                    lazy / virsh,
+                    verdict(lazy / virsh, Some(0.1)),
+                    mapped / virsh,
+                    verdict(mapped / virsh, Some(0.1)),
+                );
+            }
+            for (way, of) in [
+                ("`--lazy`", of_lazy as fn(&TickRow) -> f64),
+                ("`--map`", of_mapped),
+            ] {
+                let medians: Vec<f64> = self.ticks.iter().map(of).collect();
+                let most = medians.iter().copied().fold(0.0, f64::max);
+                let least = medians.iter().copied().fold(f64::INFINITY, f64::min);
+                let spread = most / least;
+                let _ = writeln!(
+                    text,
+                    "{way}: the slowest size / the quickest {spread:.2}: {}",
+                    verdict(spread, Some(1.2))
+                );
+            }
         }
         text
     }
@@ -197,14 +239,50 @@ impl Results {
         let memory = self.memory.iter().map(|it| {
             json!({ "guest": it.guest, "save": it.save, "verify": it.verify, "restore": it.restore })
         });
+        let ticks = self.ticks.iter().map(|it| {
+            json!({ "guest": it.guest, "bare": it.bare, "lazy": it.lazy, "mapped": it.mapped, "eager": it.eager,
+                "virsh": it.virsh, "lazy_whole": it.lazy_whole, "stall": it.stall })
+        });
         json!({
             "machine": machine::describe(),
             "busy_cpus": self.busy_cpus,
             "samples": samples.collect::<Vec<_>>(),
             "sizes": sizes.collect::<Vec<_>>(),
             "peak_memory": memory.collect::<Vec<_>>(),
+            "first_ticks": ticks.collect::<Vec<_>>(),
         })
     }
+}
+
+fn of_lazy(row: &TickRow) -> f64 {
+    median(&row.lazy)
+}
+
+fn of_mapped(row: &TickRow) -> f64 {
+    median(&row.mapped)
+}
+
+fn write_ticks(text: &mut String, row: &TickRow) {
+    let [bare, lazy, mapped, eager, whole, stall] = [
+        &row.bare,
+        &row.lazy,
+        &row.mapped,
+        &row.eager,
+        &row.lazy_whole,
+        &row.stall,
+    ]
+    .map(|values| median(values));
+    let allowed = 1.5 * bare + TICK.as_secs_f64();
+    let _ = writeln!(
+        text,
+        "| {} | {bare:.3} | {lazy:.3} | {} | {mapped:.3} | {} | {eager:.3} | {:.2} | {} | {:.1} |",
+        row.guest,
+        verdict(lazy / allowed, Some(1.0)),
+        verdict(mapped / allowed, Some(1.0)),
+        whole / eager,
+        verdict(whole / eager, Some(1.0)),
+        stall * 1000.0,
+    );
 }
 
 fn verdict(ratio: f64, target: Option<f64>) -> String {

@@ -37,6 +37,7 @@ pub fn full_manifest() -> Manifest {
             uuid: IDENTITY.guest_uuid,
             run_state: "running".into(),
             was_running: true,
+            ran_on: false,
             other: other(),
         },
         qemu: Qemu {
@@ -97,6 +98,8 @@ pub fn full_manifest() -> Manifest {
             zero_pages: 3,
             vmdescription: false,
             capture: Some("migration".into()),
+            device_state_at: Some(7),
+            made_from: Some("cd".repeat(32)),
             other: other(),
         }),
         other: other(),

@@ -24,7 +24,7 @@ impl TestDir {
             .prefix(prefix)
             .tempdir_in(parent)
             .expect("a temporary directory can be made");
-        for name in ["run", "state", "config"] {
+        for name in ["run", "state", "config", "cache"] {
             std::fs::create_dir(dir.path().join(name)).unwrap();
         }
         TestDir(dir)
@@ -49,7 +49,7 @@ impl TestDir {
         let mut names: Vec<String> = std::fs::read_dir(self.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| !["run", "state", "config"].contains(&name.as_str()))
+            .filter(|name| !["run", "state", "config", "cache"].contains(&name.as_str()))
             .collect();
         names.sort();
         names
@@ -69,7 +69,9 @@ impl TestDir {
             .current_dir(self.path())
             .env("VMSTOW_RUNTIME_DIR", self.join("run"))
             .env("XDG_RUNTIME_DIR", self.join("run"))
+            .env("VMSTOW_OVERLAY_DIR", self.join("overlays"))
             .env("XDG_STATE_HOME", self.join("state"))
+            .env("XDG_CACHE_HOME", self.join("cache"))
             .env("XDG_CONFIG_HOME", self.join("config"))
             .env("NO_COLOR", "1");
         command

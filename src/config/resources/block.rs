@@ -53,6 +53,9 @@ pub struct BlockNode {
     /// The image that this one builds on.
     #[serde(default)]
     pub backing_file: Option<String>,
+    /// Every file below it, from the top; not QMP's own member, whoever read the replies adds it.
+    #[serde(default)]
+    pub chain: Vec<String>,
 }
 
 /// The drives of `-drive`, `-hda`, `-cdrom`, `-fda`, `-pflash`, `-sd`, `-mtdblock` and an image that stands alone.
@@ -369,7 +372,7 @@ impl Graph {
 pub(super) fn apply(resources: &mut Vec<Resource>, facts: &BlockFacts) {
     for device in &facts.devices {
         let node_name = device.inserted.as_ref().map(|node| node.node_name.as_str());
-        let known = resources.iter_mut().find(|resource| {
+        let by_name = resources.iter().position(|resource| {
             let names = std::iter::once(&resource.id).chain(&resource.aliases);
             let mut names = names.map(String::as_str);
             is_block(resource.kind)
@@ -379,6 +382,8 @@ pub(super) fn apply(resources: &mut Vec<Resource>, facts: &BlockFacts) {
                         || node_name == Some(name)
                 })
         });
+        let known = by_name.or_else(|| below(resources, device.inserted.as_ref()?));
+        let known = known.and_then(|index| resources.get_mut(index));
         match (known, &device.inserted) {
             (Some(resource), Some(node)) => insert(resource, node),
             (Some(resource), None) => eject(resource),
@@ -387,6 +392,15 @@ pub(super) fn apply(resources: &mut Vec<Resource>, facts: &BlockFacts) {
         }
     }
     name_backing_files(resources, &facts.nodes);
+}
+
+/// The resource whose file lies below this node: a device without an id whose disk went on in an overlay can be told by
+/// nothing else.
+fn below(resources: &[Resource], node: &BlockNode) -> Option<usize> {
+    resources.iter().position(|resource| {
+        let path = resource.backend.path.as_ref();
+        is_block(resource.kind) && path.is_some_and(|path| node.chain.contains(path))
+    })
 }
 
 fn is_block(kind: ResourceKind) -> bool {

@@ -2,8 +2,8 @@
 # Makes the Linux guest's initrd: `build-initrd.sh MODULES INITRD`.
 #
 # MODULES is the directory of a kernel's modules (lib/modules/VERSION); INITRD is the file to write. In it are busybox,
-# `init` from here, `fill` and `witness` compiled from their .c files and the virtio drivers with what they need, in the
-# order to load them.
+# `init` from here, `fill`, `witness` and `writer` compiled from their .c files and the virtio drivers with what they need,
+# in the order to load them.
 # Needs busybox-static, cpio, gzip, gcc.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,7 +15,7 @@ trap 'rm -rf "$root"' EXIT
 mkdir -p "$root/bin" "$root/modules"
 cp /bin/busybox "$root/bin/busybox"
 install -m 755 "$here/init" "$root/init"
-for program in fill witness; do
+for program in fill witness writer; do
     gcc -O2 -static -o "$root/bin/$program" "$here/$program.c"
 done
 

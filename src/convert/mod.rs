@@ -1,0 +1,224 @@
+//! Makes an image of one layout from one of another.
+//!
+//! ```text
+//! open → check sections → recode (each chunk verified) → manifest → seal → publish
+//! ```
+//!
+//! XML, labels and all that a restore needs to know stay. Between `zstd` and `raw` the image digest stays too, and is
+//! held against the first; an image of layout `mapped` has a stream of its own, and the manifest names the digest of the
+//! image that it was made from. The new image is signed if, and only if, the old one was by somebody this user trusts.
+
+mod error;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+pub use error::ConvertError;
+
+use crate::bytes::{PublishError, Sink};
+use crate::container::{
+    Finished, Head, Image, ImageWriter, Layout, Manifest, SectionType, Signature, sign_payload,
+};
+use crate::error::Result;
+use crate::host::keys::SigningKey;
+use crate::image::{OpenedImage, Trust};
+use crate::pipeline::{self, Encoded, Encoding, PipelineError};
+use crate::progress::Progress;
+use crate::store::{FileSink, FileSource, Location, PipeSink};
+use crate::stream::StreamSummary;
+
+/// What is to be made.
+pub struct ConvertRequest {
+    /// The new image.
+    pub target: Location,
+    /// Whether an image of that name may be replaced.
+    pub may_replace: bool,
+    /// Layout, level, chunk size, threads.
+    pub encoding: Encoding,
+    /// This host's key.
+    pub key: Option<SigningKey>,
+}
+
+/// What was made.
+#[derive(Debug, Clone, Serialize)]
+pub struct ConvertReport {
+    /// The new image; `-` for a pipe.
+    pub image: String,
+    /// Its layout.
+    pub layout: String,
+    /// The layout of the one that it was made from.
+    pub from_layout: String,
+    /// Its UUID, which is that of the one it was made from: the same save.
+    pub image_uuid: Uuid,
+    /// Names what was saved.
+    pub image_digest: String,
+    /// The digest of the image it was made from; the same between `zstd` and `raw`.
+    pub from_digest: String,
+    /// Bytes of the file, holes included.
+    pub file_bytes: u64,
+    /// Bytes of QEMU's migration stream in it.
+    pub stream_bytes: u64,
+    /// Whether it is signed: the one that it was made from was trusted.
+    pub is_signed: bool,
+}
+
+/// Converts an image.
+///
+/// # Errors
+/// [`ConvertError`], or what a module below it met. No image of the new name exists then.
+pub fn convert(
+    opened: &OpenedImage,
+    request: &ConvertRequest,
+    progress: &dyn Progress,
+) -> Result<ConvertReport> {
+    match &request.target {
+        Location::Pipe if request.encoding.layout == Layout::Mapped => {
+            Err(PipelineError::NoPlaces.into())
+        }
+        Location::Pipe => write(opened, request, &mut PipeSink::stdout()?, progress),
+        Location::Path(path) => {
+            let mut sink = FileSink::create(path, request.may_replace)?;
+            write(opened, request, &mut sink, progress)
+        }
+    }
+}
+
+fn write(
+    opened: &OpenedImage,
+    request: &ConvertRequest,
+    sink: &mut dyn Sink,
+    progress: &dyn Progress,
+) -> Result<ConvertReport> {
+    let image = opened.image();
+    image.verify_sections()?;
+    let key = request.key.as_ref().filter(|_| is_trusted(image));
+    let finished = write_image(image, request, key, sink, progress)?;
+    sink.sync().map_err(ConvertError::Write)?;
+    if progress.is_cancelled() {
+        return Err(PipelineError::Cancelled.into());
+    }
+    sink.publish().map_err(|error| match error {
+        PublishError::NotPublished(source) => ConvertError::Publish(source),
+        PublishError::Unknown(source) => ConvertError::PublishUnknown(source),
+    })?;
+    Ok(ConvertReport {
+        image: request.target.to_string(),
+        layout: request.encoding.layout.to_string(),
+        from_layout: image.layout().to_string(),
+        image_uuid: image.identity().image_uuid,
+        image_digest: finished.image_digest.to_string(),
+        from_digest: image.image_digest().to_string(),
+        file_bytes: finished.file_len,
+        stream_bytes: finished.stream_len,
+        is_signed: key.is_some(),
+    })
+}
+
+/// Whether somebody this user trusts vouches for the image; if that cannot be told, nobody does.
+fn is_trusted(image: &Image<FileSource>) -> bool {
+    Trust::of(image).is_ok_and(|trust| trust.is_trusted())
+}
+
+fn write_image(
+    image: &Image<FileSource>,
+    request: &ConvertRequest,
+    key: Option<&SigningKey>,
+    sink: &mut dyn Sink,
+    progress: &dyn Progress,
+) -> Result<Finished> {
+    let manifest = image.manifest()?;
+    let encoding = request.encoding.fitting(manifest.machine.memory_bytes);
+    let keeps_stream = pipeline::keeps_stream(image.layout(), encoding.layout);
+    let max_chunk_len = match keeps_stream {
+        true => image.max_chunk_len(),
+        false => encoding.max_chunk_len(),
+    };
+    let (manifest_json, xml) = (image.manifest_json()?, image.xml()?);
+    let head = Head {
+        manifest_json: &manifest_json,
+        xml: &xml,
+    };
+    let identity = image.identity();
+    let mut target = ImageWriter::begin(sink, encoding.layout, identity, max_chunk_len, head)?;
+    progress.begin("converting", Some(work_of(image, &manifest, keeps_stream)));
+    let encoded = pipeline::recode(image, &mut target, &encoding, progress)?;
+    progress.end();
+    target.append_section(SectionType::Xml, xml.as_bytes())?;
+    match encoded {
+        Some(encoded) => {
+            let mut manifest = manifest;
+            note(&mut manifest, &encoded.stream, image);
+            // Only a stream that is read from its beginning has such a place.
+            if let Some(facts) = manifest
+                .stream
+                .as_mut()
+                .filter(|_| encoding.layout == Layout::Mapped)
+            {
+                facts.device_state_at = None;
+            }
+            append_anew(&manifest, encoded, &mut target)?;
+        }
+        None => append_kept(image, &manifest_json, &mut target)?,
+    }
+    if let Some(key) = key {
+        let statement = target.statement()?;
+        let armored = key.sign(&statement)?;
+        let signature = sign_payload(&Signature { statement, armored })?;
+        target.append_section(SectionType::Signature, &signature)?;
+    }
+    Ok(target.finish()?)
+}
+
+/// How much the progress counts up to: a stream that stays is counted, one that is cut anew by its pages.
+fn work_of(image: &Image<FileSource>, manifest: &Manifest, keeps_stream: bool) -> u64 {
+    match keeps_stream {
+        true => image.stream_len(),
+        false => manifest
+            .ram_blocks
+            .iter()
+            .map(|block| block.used_length)
+            .sum(),
+    }
+}
+
+/// The sections about a stream that is the same.
+fn append_kept(
+    image: &Image<FileSource>,
+    manifest_json: &[u8],
+    target: &mut ImageWriter<'_>,
+) -> Result<()> {
+    if target.finish_chunks()? != image.image_digest() {
+        return Err(ConvertError::OtherDigest.into());
+    }
+    target.append_section(SectionType::Manifest, manifest_json)?;
+    let is_map = |section: SectionType| section == SectionType::PageMap;
+    let mut sections = image.sections().iter();
+    if let Some(entry) = sections.find(|entry| entry.is_live && is_map(entry.section)) {
+        let page_map = image.section_payload(entry, u32::MAX.into())?;
+        target.append_section(SectionType::PageMap, &page_map)?;
+    }
+    Ok(())
+}
+
+/// The sections about a stream that was cut anew.
+fn append_anew(manifest: &Manifest, encoded: Encoded, target: &mut ImageWriter<'_>) -> Result<()> {
+    let json = manifest.to_json().map_err(ConvertError::Manifest)?;
+    target.append_section(SectionType::Manifest, &json)?;
+    if let Some(page_map) = encoded.page_map {
+        target.append_section(SectionType::PageMap, &page_map.finish())?;
+    }
+    Ok(())
+}
+
+/// Notes what is another now, and which image it was made from.
+fn note(manifest: &mut Manifest, stream: &StreamSummary, from: &Image<FileSource>) {
+    manifest.capabilities.clone_from(&stream.capabilities);
+    if let Some(facts) = &mut manifest.stream {
+        facts.len = stream.len;
+        facts.data_pages = stream.data_pages;
+        facts.zero_pages = stream.zero_pages;
+        facts.vmdescription = stream.vmdescription.is_some();
+        facts.device_state_at = Some(stream.device_state.0);
+        facts.made_from = Some(from.image_digest().to_string());
+    }
+}

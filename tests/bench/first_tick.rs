@@ -1,0 +1,290 @@
+//! How soon a guest goes on that is restored lazily, or whose memory is mapped, however much memory it has.
+//!
+//! Guests of 512 MiB to 8 GiB, all of whose memory holds something: what the guest itself did not touch is filled from
+//! outside, half with what compresses and half with what does not. Each is restored again and again from the same image
+//! and ended. A bare QEMU with the same arguments, which only answers its monitor, is the measure of what cannot be saved.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use vmstow::host::{ProcessId, ProcessMemory};
+use vmstow::units::PAGE_LEN;
+
+use crate::contender::{Contender, Place, run};
+use crate::end;
+use crate::guests::Recipe;
+use crate::libvirtd::Libvirtd;
+use crate::ours::Vmstow;
+use crate::rounds::warm;
+use crate::support::{Adopted, PATIENCE, Process, Qmp};
+use crate::table::Results;
+use crate::virsh::Virsh;
+use crate::work_dir::WorkDir;
+
+const GUESTS_MIB: [u64; 5] = [512, 1024, 2048, 4096, 8192];
+
+/// The guest for which the others are asked, too.
+const AGAINST_VIRSH_MIB: u64 = 4096;
+
+/// How long the guest takes from one tick to the next.
+pub const TICK: Duration = Duration::from_millis(10);
+
+/// Guest memory below this address is the guest's own: its kernel puts things there that it does not look for.
+const FILLED_FROM: u64 = 64 << 20;
+
+/// What was measured of one guest, one value a round, in seconds.
+#[derive(Debug, Default)]
+pub struct TickRow {
+    pub guest: String,
+    /// From QEMU's start until its monitor answers.
+    pub bare: Vec<f64>,
+    /// From the command until the guest's next tick.
+    pub lazy: Vec<f64>,
+    pub mapped: Vec<f64>,
+    pub eager: Vec<f64>,
+    /// `virsh restore` of its raw image; empty where it was not asked.
+    pub virsh: Vec<f64>,
+    /// From the command until all memory was there.
+    pub lazy_whole: Vec<f64>,
+    /// The longest that the guest waited for a page, once.
+    pub stall: Vec<f64>,
+}
+
+pub fn run_all(work: &WorkDir, rounds: u32, results: &mut Results) {
+    for memory_mib in GUESTS_MIB {
+        results.add_ticks(measure(work, memory_mib, rounds));
+    }
+}
+
+fn measure(work: &WorkDir, memory_mib: u64, rounds: u32) -> TickRow {
+    let recipe = Recipe::small(memory_mib);
+    let (lazy, lazy_sum) = stow(work, &recipe, "zstd");
+    let (mapped, mapped_sum) = stow(work, &recipe, "mapped");
+    let libvirtd = (memory_mib == AGAINST_VIRSH_MIB).then(|| Libvirtd::start(work));
+    let mut virsh = libvirtd.as_ref().map(|libvirtd| {
+        let place = Place::make(work, &recipe, &format!("{} virsh", recipe.name));
+        stow_by_virsh(work, libvirtd, place)
+    });
+    let mut row = TickRow {
+        guest: recipe.name.clone(),
+        ..TickRow::default()
+    };
+    for round in 0..rounds {
+        end::doing(&format!("first tick, {}, round {}", recipe.name, round + 1));
+        row.bare.push(bare_start(work, &lazy));
+        warm(&lazy.place.image());
+        let (tick, whole, stall) = restore_lazily(&lazy, &lazy_sum);
+        row.lazy.push(tick);
+        row.lazy_whole.push(whole);
+        row.stall.push(stall);
+        row.eager.push(restore(&lazy, &[], &lazy_sum).0);
+        warm(&mapped.place.image());
+        row.mapped.push(restore(&mapped, &["--map"], &mapped_sum).0);
+        if let Some(virsh) = &mut virsh {
+            warm(&virsh.place.image());
+            let known = virsh.place.serial_len();
+            let begin = Instant::now();
+            let qemu = virsh.restore();
+            let tick = virsh.place.wait_for_line_behind(known, || {});
+            row.virsh.push((tick - begin).as_secs_f64());
+            qemu.kill();
+            std::thread::sleep(Duration::from_millis(500)); // libvirtd takes note of it
+        }
+        eprintln!(
+            "{}, round {}: bare {:.3} s, lazy {:.3} s (all after {:.3} s), mapped {:.3} s, eager {:.3} s",
+            recipe.name,
+            round + 1,
+            row.bare[row.bare.len() - 1],
+            tick,
+            whole,
+            row.mapped[row.mapped.len() - 1],
+            row.eager[row.eager.len() - 1],
+        );
+    }
+    for place in [&lazy.place, &mapped.place] {
+        work.done_with(&place.dir);
+    }
+    row
+}
+
+/// Boots the guest, fills its memory and saves it; gives its checksum too.
+fn stow<'a>(work: &'a WorkDir, recipe: &Recipe, layout: &'static str) -> (Vmstow<'a>, String) {
+    end::doing(&format!(
+        "first tick, {}, {layout}, first save",
+        recipe.name
+    ));
+    let place = Place::make(work, recipe, &format!("{} {layout}", recipe.name));
+    let mut vmstow = Vmstow::new(work, place.clone(), layout);
+    let qemu = vmstow.boot();
+    let line = place
+        .serial()
+        .wait_for_line("the first checksum", |line| line.starts_with("sum "));
+    let mut qmp = Qmp::connect(place.dir.join("qmp"));
+    fill(qemu.pid(), &mut qmp, recipe.memory_mib << 20);
+    drop(qmp);
+    vmstow.save();
+    qemu.wait_for_exit();
+    (vmstow, line.trim_start_matches("sum ").to_owned())
+}
+
+fn stow_by_virsh<'a>(work: &'a WorkDir, libvirtd: &'a Libvirtd, place: Place) -> Virsh<'a> {
+    let mut virsh = Virsh {
+        work,
+        libvirtd,
+        place: place.clone(),
+        format: "raw",
+    };
+    let qemu = virsh.boot();
+    place
+        .serial()
+        .wait_for_line("the first checksum", |line| line.starts_with("sum "));
+    let ask = |line: &str| {
+        let mut command = libvirtd.virsh(work);
+        run(command.args(["qemu-monitor-command", "raw", "--hmp", line]))
+    };
+    fill_at(qemu.pid(), &ask, place.recipe.memory_mib << 20);
+    virsh.save();
+    qemu.wait_for_exit();
+    virsh
+}
+
+fn fill(pid: u32, qmp: &mut Qmp, memory_len: u64) {
+    let qmp = std::cell::RefCell::new(qmp);
+    let ask = |line: &str| {
+        let answer = qmp
+            .borrow_mut()
+            .command("human-monitor-command", json!({ "command-line": line }));
+        answer.as_str().unwrap().to_owned()
+    };
+    fill_at(pid, &ask, memory_len);
+}
+
+/// Puts something into every page of RAM that was never touched.
+fn fill_at(pid: u32, ask: &dyn Fn(&str) -> String, memory_len: u64) {
+    let low_len = memory_len.min(2 << 30); // above it a q35 machine has its hole
+    let mut ranges = vec![(FILLED_FROM, low_len - FILLED_FROM)];
+    if memory_len > low_len {
+        ranges.push((4 << 30, memory_len - low_len));
+    }
+    let process = ProcessId::of(i32::try_from(pid).unwrap()).unwrap();
+    let pages = ProcessMemory::open(process).unwrap();
+    let bytes = File::options()
+        .write(true)
+        .open(format!("/proc/{pid}/mem"))
+        .unwrap();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut page = [0; PAGE_LEN];
+    for (start, len) in ranges {
+        let answer = ask(&format!("gpa2hva {start:#x}"));
+        let (_, address) = answer
+            .trim()
+            .rsplit_once(" is 0x")
+            .expect("QEMU tells where memory is");
+        let base = u64::from_str_radix(address, 16).unwrap();
+        let mut touched = vec![false; usize::try_from(len).unwrap() / PAGE_LEN];
+        pages.touched(base, &mut touched).unwrap();
+        for (index, _) in (0..).zip(&touched).filter(|(_, is_touched)| !**is_touched) {
+            let (noise, mut text) = page.split_at_mut(PAGE_LEN / 2);
+            for word in noise.chunks_exact_mut(8) {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                word.copy_from_slice(&state.to_le_bytes());
+            }
+            while !text.is_empty() {
+                write!(&mut text, "page {index} of a guest that is full, ").unwrap_or_default();
+            }
+            bytes
+                .write_all_at(&page, base + index * PAGE_LEN as u64)
+                .unwrap();
+        }
+    }
+}
+
+/// From the start of a QEMU with the guest's arguments until its monitor answers.
+fn bare_start(work: &WorkDir, vmstow: &Vmstow<'_>) -> f64 {
+    let mut print = vmstow.restore_command();
+    let plan: Value = serde_json::from_str(&run(print.arg("--print-command"))).unwrap();
+    let words = plan["argv"].as_array().unwrap().iter();
+    let words: Vec<&str> = words.map(|word| word.as_str().unwrap()).collect();
+    let socket = words.iter().find_map(|word| {
+        word.split("path=")
+            .nth(1)?
+            .strip_suffix(",server=on,wait=off")
+    });
+    let socket = Path::new(socket.expect("the command names its monitor"));
+    std::fs::create_dir_all(socket.parent().unwrap()).unwrap();
+    let mut command = work.command(words[0]);
+    command
+        .args(&words[1..])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let begin = Instant::now();
+    let mut child = command.spawn().unwrap();
+    while std::os::unix::net::UnixStream::connect(socket).is_err() {
+        assert!(begin.elapsed() < PATIENCE, "QEMU does not start");
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    let mut qmp = Qmp::connect(socket);
+    qmp.command("query-status", json!({}));
+    let seconds = begin.elapsed().as_secs_f64();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(socket.parent().unwrap()).unwrap();
+    seconds
+}
+
+/// From the command until the guest's next tick; the guest is judged and ended. Gives what the command answered, too.
+fn restore(vmstow: &Vmstow<'_>, more: &[&str], sum: &str) -> (f64, Value) {
+    let (seconds, answer, qemu) = tick(vmstow, more);
+    end_guest(vmstow, &answer, sum, qemu);
+    (seconds, answer)
+}
+
+fn tick(vmstow: &Vmstow<'_>, more: &[&str]) -> (f64, Value, Adopted) {
+    let place = &vmstow.place;
+    let known = place.serial_len();
+    let mut command = vmstow.restore_command();
+    command.args(more);
+    let begin = Instant::now();
+    let answer = std::thread::scope(|scope| {
+        let command = scope.spawn(move || run(&mut command));
+        let tick = place.wait_for_line_behind(known, || {});
+        (tick, command.join().expect("the restore succeeds"))
+    });
+    let report: Value = serde_json::from_str(&answer.1).unwrap();
+    let pid = u32::try_from(report["pid"].as_u64().unwrap()).unwrap();
+    let qemu = Adopted(Process::open(pid).expect("the guest's QEMU runs"));
+    ((answer.0 - begin).as_secs_f64(), report, qemu)
+}
+
+/// As [`restore`], and until all memory was there; the worst stall.
+fn restore_lazily(vmstow: &Vmstow<'_>, sum: &str) -> (f64, f64, f64) {
+    let begin = Instant::now();
+    let (seconds, report, qemu) = tick(vmstow, &["--lazy"]);
+    let name = report["name"].as_str().unwrap();
+    let mut wait: Command = vmstow.work.vmstow();
+    let served = run(wait.args(["--json", "restore", "--resume", name, "--wait"]));
+    let whole = begin.elapsed().as_secs_f64();
+    let served: Value = serde_json::from_str(&served).unwrap();
+    let stall = served["served"]["worst_stall_us"].as_f64().unwrap() / 1e6;
+    end_guest(vmstow, &report, sum, qemu);
+    (seconds, whole, stall)
+}
+
+fn end_guest(vmstow: &Vmstow<'_>, report: &Value, sum: &str, qemu: Adopted) {
+    assert_eq!(
+        vmstow.place.ask_for_sum(),
+        sum,
+        "the guest's checksum of its memory"
+    );
+    let mut stop = vmstow.work.vmstow();
+    run(stop.args(["stop", report["name"].as_str().unwrap()]));
+    qemu.wait_for_exit();
+}
