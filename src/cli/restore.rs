@@ -382,7 +382,7 @@ fn warn_of(served: &Serving, ui: &Ui) {
 /// How the guest got its memory.
 fn all_there(served: &Serving) -> String {
     format!(
-        "; all its memory is there after {} ms; it waited {} times for a page, {:.1} ms at the most",
+        "; giving it all its memory took {} ms; it waited {} times for a page, {:.1} ms at the most",
         served.elapsed_ms,
         served.requests,
         Duration::from_micros(served.worst_stall_us).as_secs_f64() * 1000.0
