@@ -5,6 +5,10 @@
 
 mod support;
 
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -286,6 +290,100 @@ fn a_guest_goes_on_even_if_its_keeper_was_killed_too() {
     serial.assert_goes_on(&before);
 }
 
+/// A monitor connection that is not waited for: the guest's page at that address is read through it.
+fn ask_for_page(socket: &std::path::Path, guest_address: u64) -> BufReader<UnixStream> {
+    let stream = UnixStream::connect(socket).unwrap();
+    let mut monitor = BufReader::new(stream);
+    let mut line = String::new();
+    monitor.read_line(&mut line).unwrap();
+    let say = |words: Value| writeln!(monitor.get_ref(), "{words}").unwrap();
+    say(json!({ "execute": "qmp_capabilities" }));
+    let line = format!("xp /1bx {guest_address:#x}");
+    let arguments = json!({ "command-line": line });
+    say(json!({ "execute": "human-monitor-command", "arguments": arguments, "id": "page" }));
+    monitor
+}
+
+/// Whether the page that was asked for has come within a second.
+fn page_has_come(monitor: &mut BufReader<UnixStream>) -> bool {
+    let second = Some(Duration::from_secs(1));
+    monitor.get_ref().set_read_timeout(second).unwrap();
+    let mut line = String::new();
+    while monitor.read_line(&mut line).is_ok_and(|len| len > 0) {
+        if line.contains("\"page\"") {
+            return true;
+        }
+        line.clear();
+    }
+    false
+}
+
+#[test]
+fn a_guest_goes_on_whose_main_loop_waits_for_a_page() {
+    for qemu in Qemu::ALL {
+        let dir = TestDir::new();
+        let serial = saved_counter(&dir, qemu, 64);
+        let before = serial.mark();
+        let program = qemu.program().display().to_string();
+        let arguments = ["x.stow", "--lazy", "--fill-rate", "1", "--qemu", &program];
+        let restored = dir.restore(&arguments);
+        assert_eq!(restored.report["state"], "running");
+        server(&dir).kill();
+        let mut monitor = ask_for_page(&dir.join("run/guest/qmp.sock"), 0x3c0_0000);
+        assert!(!page_has_come(&mut monitor), "nobody can have given it");
+        // A monitor connection that is made now is not greeted: only the keeper's is answered.
+        let mut late = UnixStream::connect(dir.join("run/guest/keeper.qmp")).unwrap();
+        late.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        assert!(late.read(&mut [0]).is_err());
+        drop(late);
+        dir.json(&["restore", "--resume", "guest", "--wait"]);
+        assert!(page_has_come(&mut monitor));
+        serial.assert_goes_on(&before);
+    }
+}
+
+#[test]
+fn a_guest_that_its_user_let_run_is_never_ended() {
+    let dir = TestDir::new();
+    let serial = saved_counter(&dir, Qemu::V10, 64);
+    let before = serial.mark();
+    let restored = dir.restore(&["x.stow", "--lazy", "--paused", "--fill-rate", "1"]);
+    restored.qmp().command("cont", json!({}));
+    server(&dir).kill();
+    std::fs::rename(dir.join("x.stow"), dir.join("away.stow")).unwrap();
+    let said = dir.refused(1, &["restore", "--resume", "guest"]);
+    assert!(
+        said.contains("cannot open") && said.contains("x.stow"),
+        "{said}"
+    );
+    assert!(!restored.qemu.has_ended());
+    std::fs::rename(dir.join("away.stow"), dir.join("x.stow")).unwrap();
+    dir.json(&["restore", "--resume", "guest", "--wait"]);
+    serial.assert_goes_on(&before);
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_and_nothing_panics() {
+    let dir = TestDir::new();
+    saved_counter(&dir, Qemu::V10, 64);
+    dir.refused(2, &["restore", "x.stow", "--wait"]);
+    dir.refused(2, &["restore", "x.stow", "--lazy", "--map"]);
+    dir.refused(2, &["restore", "x.stow", "--resume", "guest"]);
+    dir.refused(2, &["restore", "--resume", "guest", "--paused"]);
+    let mut command = dir.vmstow();
+    command.args(["restore", "x.stow", "--lazy", "--qemu"]);
+    command
+        .arg(OsStr::from_bytes(b"/no/such/\xff"))
+        .assert()
+        .code(4);
+    let eager = dir.restore(&["x.stow"]);
+    let said = dir.refused(2, &["restore", "--resume", eager.name()]);
+    assert!(
+        said.contains("only a guest that was restored with --lazy"),
+        "{said}"
+    );
+}
+
 #[test]
 fn a_guest_whose_image_turns_out_damaged_is_frozen() {
     for more in [&[][..], &["--through-qemu"]] {
@@ -327,7 +425,8 @@ fn damaged_device_state_gives_no_guest() {
     let last = image.chunks().last().unwrap().unwrap();
     flip_bit(dir.join("x.stow"), last.stored_offset.0 + 20, 1);
     let said = dir.refused(3, &["restore", "x.stow", "--lazy"]);
-    assert!(said.contains(&format!("chunk {} ", last.index.0)), "{said}");
+    let damaged = format!("x.stow is damaged: chunk {} ", last.index.0);
+    assert!(said.contains(&damaged), "{said}");
     assert_eq!(dir.join("run").read_dir().unwrap().count(), 0);
 }
 
@@ -344,7 +443,9 @@ fn what_a_guest_asked_for_first_is_kept_and_given_first() {
     assert_eq!(described["image_digest"], digest);
     assert_eq!(described["trust"]["state"], "trusted");
     let sections = described["sections"].as_array().unwrap();
-    assert!(sections.iter().any(|section| section["type"] == "WSET"));
+    let mut sections = sections.iter();
+    let recorded = sections.find(|section| section["type"] == "WSET").unwrap();
+    assert!(recorded["len"].as_u64().unwrap() > 48, "no chunk in it");
     assert_eq!(dir.json(&["verify", "x.stow"])["is_whole"], true);
     std::fs::write(serial.path(), before.text()).unwrap();
     let restored = dir.restore(&["x.stow", "--lazy", "--wait"]);

@@ -4,15 +4,16 @@ use std::io;
 
 use crate::config::ConfigError;
 use crate::container::ContainerError;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::host::HostError;
 use crate::image::ImageError;
 use crate::pipeline::PipelineError;
 use crate::qmp::QmpError;
-use crate::restore::RestoreError;
+use crate::restore::{RestoreError, ServeError};
 use crate::save::SaveError;
 use crate::store::StoreError;
 use crate::stream::StreamError;
+use crate::supervise::SuperviseError;
 
 /// The sentence behind `error:`.
 pub fn headline(error: &Error, image: Option<&str>) -> String {
@@ -35,8 +36,14 @@ pub fn headline(error: &Error, image: Option<&str>) -> String {
         Some(_) if error.downcast_ref::<SaveError>().is_none() => {
             format!("{image} is damaged: {error}")
         }
+        _ if is_damage_seen_by_server(error) => format!("{image} is damaged: {error}"),
         _ => other_headline(error, image),
     }
+}
+
+/// Whether the process that gives a guest its memory found the image damaged.
+fn is_damage_seen_by_server(error: &Error) -> bool {
+    matches!(error.downcast_ref(), Some(SuperviseError::Side(failed)) if failed.kind() == ErrorKind::Image)
 }
 
 fn other_headline(error: &Error, image: &str) -> String {
@@ -75,6 +82,14 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     let image = image.filter(|image| *image != "-").unwrap_or("IMAGE");
     if let Some(advice) = error.downcast_ref().and_then(save_advice) {
         return Some(advice);
+    }
+    if is_damage_seen_by_server(error) {
+        return Some(format!(
+            "copy the image again; `vmstow verify {image}` lists all that is damaged"
+        ));
+    }
+    if let Some(advice) = error.downcast_ref().and_then(serve_advice) {
+        return Some(advice.to_owned());
     }
     if let Some(advice) = error.downcast_ref().and_then(restore_advice) {
         return Some(advice);
@@ -199,6 +214,17 @@ fn save_advice(error: &SaveError) -> Option<String> {
     })
 }
 
+fn serve_advice(error: &ServeError) -> Option<&'static str> {
+    match error {
+        ServeError::NoTask => {
+            Some("only a guest that was restored with --lazy can be gone on with")
+        }
+        ServeError::NoPageMap => Some("restore without --lazy"),
+        ServeError::OtherImage { .. } => Some("put the image back where it was"),
+        _ => None,
+    }
+}
+
 fn restore_advice(error: &RestoreError) -> Option<String> {
     Some(match error {
         RestoreError::Untrusted { .. } => {
@@ -226,6 +252,15 @@ fn restore_advice(error: &RestoreError) -> Option<String> {
             format!("name its file with --remap disk:{disk}=PATH, without --throwaway")
         }
         RestoreError::ImageReplaced => "run the command again".to_owned(),
+        RestoreError::Unserved { guest, .. } => format!("go on with `vmstow restore --resume {guest}`"),
+        RestoreError::Frozen { guest, .. } => {
+            format!("end it with `vmstow stop {guest}`, and restore it from another copy of the image")
+        }
+        RestoreError::Ended { .. } => "restore it from its image again; what it did since is lost".to_owned(),
+        RestoreError::CutOffClone { guest } => {
+            format!("forget it with `vmstow stop {guest}`, and make the clones once more")
+        }
+        RestoreError::NotLazy { .. } => "restore without --lazy".to_owned(),
         RestoreError::TimedOut { .. } => "give a longer --timeout".to_owned(),
         _ => return None,
     })

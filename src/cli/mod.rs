@@ -16,6 +16,7 @@ mod stop;
 mod ui;
 mod verify;
 
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -127,9 +128,9 @@ pub fn main() -> ExitCode {
 }
 
 /// The arguments of a `restore` as they were given, the program's name not among them.
-fn parse_restore(words: &[String]) -> Option<restore::RestoreArgs> {
-    let program = std::iter::once("vmstow");
-    let words = program.chain(words.iter().map(String::as_str));
+fn parse_restore(words: &[OsString]) -> Option<restore::RestoreArgs> {
+    let program = std::iter::once(OsStr::new("vmstow"));
+    let words = program.chain(words.iter().map(OsString::as_os_str));
     match Cli::try_parse_from(words).ok()?.command {
         Command::Restore(args) => Some(args),
         _ => None,

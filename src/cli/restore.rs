@@ -1,5 +1,6 @@
 //! `vmstow restore`
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Stdin};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,7 +39,7 @@ pub struct RestoreArgs {
     image: Option<Location>,
 
     /// Let the guest run before its memory is there; it gets what it asks for first, and all the rest behind
-    #[arg(long, conflicts_with = "map")]
+    #[arg(long, conflicts_with = "map", group = "late")]
     lazy: bool,
 
     /// With --lazy: give at most so many MiB a second of what the guest does not ask for
@@ -54,11 +55,16 @@ pub struct RestoreArgs {
     through_qemu: bool,
 
     /// With --lazy or --resume: stay until all memory is there
-    #[arg(long)]
+    #[arg(long, requires = "late", conflicts_with_all = ["foreground", "count"])]
     wait: bool,
 
     /// Go on with a lazily restored guest whose memory nobody gives it any more
-    #[arg(long, value_name = "NAME", conflicts_with = "image")]
+    ///
+    /// It is restored anew, as it was restored before, if it had not come so far that it could run.
+    #[arg(long, value_name = "NAME", group = "late", conflicts_with_all = [
+        "image", "map", "paused", "qemu", "name", "remaps", "trust", "accept_changed_disks", "throwaway", "count",
+        "foreground", "dry_run", "print_command", "threads",
+    ])]
     resume: Option<String>,
 
     /// Let QEMU map the guest's memory from the image: it runs at once, however much memory it has
@@ -175,7 +181,7 @@ fn remap(text: &str) -> Result<Remap, String> {
 
 /// Restores, or says what a restore would do.
 pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
-    let words = std::env::args().skip(1).collect();
+    let words = std::env::args_os().skip(1).collect();
     let cwd = std::env::current_dir().unwrap_or_default();
     match &args.resume {
         Some(name) => resume(name, &args, &invocation(words, cwd)?, ui),
@@ -183,7 +189,7 @@ pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
     }
 }
 
-fn invocation(arguments: Vec<String>, cwd: PathBuf) -> Result<Invocation, Failure> {
+fn invocation(arguments: Vec<OsString>, cwd: PathBuf) -> Result<Invocation, Failure> {
     let program = std::env::current_exe().map_err(|source| StoreError::File {
         act: "find",
         path: "/proc/self/exe".into(),
@@ -397,12 +403,12 @@ fn resume(name: &str, args: &RestoreArgs, invocation: &Invocation, ui: &Ui) -> O
     let (act, state) = match resumed {
         Resumed::StartOver(words, cwd) => {
             ui.note(&format!(
-                "{name} was never let run, and its QEMU is gone: it is restored anew"
+                "{name} was cut off before it could run: it is restored anew"
             ));
             return start_over(&dir, words, cwd, args.wait, ui);
         }
         Resumed::Already(_) => ("already", None),
-        Resumed::Served(state) => ("resumed", Some(state)),
+        Resumed::Served(state) => ("resumed", state),
     };
     let served = match args.wait {
         true => Some(restore::wait_for_memory(&dir, ui)?),
@@ -426,7 +432,7 @@ fn resumed_text(name: &str, act: &str, served: Option<&Serving>) -> String {
 }
 
 /// Restores a guest anew as it was restored before.
-fn start_over(dir: &GuestDir, words: Vec<String>, cwd: PathBuf, waits: bool, ui: &Ui) -> Outcome {
+fn start_over(dir: &GuestDir, words: Vec<OsString>, cwd: PathBuf, waits: bool, ui: &Ui) -> Outcome {
     let Some(args) = super::parse_restore(&words) else {
         return Err(ServeError::NoTask.into());
     };

@@ -6,7 +6,7 @@
 //!
 //! QEMU takes part in a postcopy migration whose source is a process of ours, the *server*, which has the image. It outlives
 //! the command; `vmstow list` shows how far it is. If it is killed the guest waits, and [`resume`] starts another
-//! one. Only a guest that was never let run is started over.
+//! one. Only a guest whose devices were not loaded yet is started over: it cannot have run.
 //!
 //! Source: spec/qemu-stream.md §15.
 
@@ -21,6 +21,7 @@ mod task;
 mod worker;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -58,7 +59,7 @@ pub struct Invocation {
     /// This program.
     pub program: PathBuf,
     /// Its arguments.
-    pub arguments: Vec<String>,
+    pub arguments: Vec<OsString>,
     /// Where it was started.
     pub cwd: PathBuf,
 }
@@ -206,14 +207,10 @@ pub fn is_worth_another_try(error: &Error, dir: &GuestDir) -> bool {
     let is_killed = matches!(error.downcast_ref(), Some(SuperviseError::SideEnded))
         || matches!(error.downcast_ref(), Some(RestoreError::NotLoaded))
         || error.downcast_ref().is_some_and(QmpError::is_gone);
-    let was_let_run = Task::of(dir)
-        .ok()
-        .flatten()
-        .is_some_and(|it| it.was_let_run);
     let serving = Serving::of(dir).ok().flatten();
     // It may have been killed before it could say anything.
     let is_cut_off = serving.is_none_or(|it| it.phase == Phase::Loading && it.is_broken_off());
-    is_killed && is_cut_off && !was_let_run
+    is_killed && is_cut_off
 }
 
 /// Waits until all of a guest's memory is there.
@@ -252,10 +249,10 @@ pub fn wait_for_memory(dir: &GuestDir, progress: &dyn Progress) -> Result<Servin
 pub enum Resumed {
     /// Nothing had to be done: its memory is there, or is being given.
     Already(Box<Serving>),
-    /// Another server gives it its memory; its run state.
-    Served(String),
-    /// It was never let run, and its QEMU is gone: it has to be restored anew, with these arguments in that directory.
-    StartOver(Vec<String>, PathBuf),
+    /// Another server gives it its memory; its run state, where it had to be let run.
+    Served(Option<String>),
+    /// It had not come so far that it could run: it has to be restored anew, with these arguments in that directory.
+    StartOver(Vec<OsString>, PathBuf),
 }
 
 /// Takes over for a server that was killed.
@@ -272,27 +269,34 @@ pub fn resume(dir: &GuestDir, invocation: &Invocation, timeout: Duration) -> Res
     if let Some(serving) = served_by_somebody(dir, &task)? {
         return Ok(Resumed::Already(Box::new(serving)));
     }
-    if !task.qemu.is_alive() && task.was_let_run {
+    if !could_run(dir)? {
+        // Nothing is lost. A QEMU whose devices were being loaded ends when its source does, or waits for ever for a page
+        // that they need.
+        end_qemu(&task)?;
+        return Ok(Resumed::StartOver(task.arguments, task.cwd));
+    }
+    if !task.qemu.is_alive() {
         return Err(RestoreError::Ended { guest }.into());
     }
-    match take_over(dir, &task, invocation) {
-        Ok(()) => {
+    let arguments = [SERVE_SUBCOMMAND, server::RECOVER];
+    let mut server = start_side_process(&invocation.program, &arguments, dir, None)?;
+    supervise::wait_ready(&mut server)?;
+    // Whoever was to let it run may have been killed as well. Otherwise its monitor is its user's.
+    let state = match task.runs_on && !task.was_let_run {
+        true => {
             let mut qmp = QmpClient::connect(&dir.qmp_socket(), timeout)?;
             wait_incoming(&mut qmp, timeout)?;
-            let state = match task.was_let_run {
-                true => qmp.query_status()?.to_string(),
-                false => let_run(&mut qmp, &mut task, dir)?,
-            };
-            Ok(Resumed::Served(state))
+            Some(let_run(&mut qmp, &mut task, dir)?)
         }
-        Err(error) if task.was_let_run => Err(error.into()),
-        // Nothing is lost with a QEMU whose guest never ran. One whose devices were being loaded ends when its source
-        // does, or waits for ever for a page that they need.
-        Err(_) => {
-            end_qemu(&task)?;
-            Ok(Resumed::StartOver(task.arguments, task.cwd))
-        }
-    }
+        false => None,
+    };
+    Ok(Resumed::Served(state))
+}
+
+/// Whether the guest's devices were loaded: from then on somebody may have let it run, and it is more than its image.
+fn could_run(dir: &GuestDir) -> Result<bool> {
+    let serving = Serving::of(dir)?;
+    Ok(serving.is_some_and(|it| it.phase != Phase::Loading))
 }
 
 /// How far the guest's memory is, if somebody gives it or all of it is there. One that was killed just now may take a
@@ -309,18 +313,6 @@ fn served_by_somebody(dir: &GuestDir, task: &Task) -> Result<Option<Serving>> {
         }
     }
     Ok(seen)
-}
-
-/// Starts another server for a guest whose devices are loaded.
-fn take_over(dir: &GuestDir, task: &Task, invocation: &Invocation) -> Result<(), SuperviseError> {
-    let serving = Serving::of(dir)?;
-    let is_loaded = serving.is_some_and(|it| it.phase != Phase::Loading);
-    if !is_loaded || !task.qemu.is_alive() {
-        return Err(SuperviseError::SideEnded);
-    }
-    let arguments = [SERVE_SUBCOMMAND, server::RECOVER];
-    let mut server = start_side_process(&invocation.program, &arguments, dir, None)?;
-    supervise::wait_ready(&mut server)
 }
 
 fn end_qemu(task: &Task) -> Result<()> {

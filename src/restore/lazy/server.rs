@@ -57,13 +57,7 @@ const RECORD_LIMIT: Duration = Duration::from_secs(20);
 
 /// The program's life as this process: QEMU's end of the migration is standard input, or is asked for at the keeper.
 pub fn run_server(dir: &Path, is_recovery: bool) -> ExitCode {
-    let served = prepare(dir).and_then(|(dir, task)| {
-        let stream = match is_recovery {
-            false => UnixStream::from(stdin_socket()?),
-            true => recover::connect(&dir)?,
-        };
-        serve(&dir, &task, stream, is_recovery)
-    });
+    let served = prepare(dir).and_then(|(dir, task)| serve(&dir, &task, is_recovery));
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -101,18 +95,23 @@ fn open_image(task: &Task) -> Result<OpenedImage> {
     }
 }
 
-fn serve(dir: &GuestDir, task: &Task, stream: UnixStream, is_recovery: bool) -> Result<()> {
+fn serve(dir: &GuestDir, task: &Task, is_recovery: bool) -> Result<()> {
     let since = Instant::now();
     let opened = open_image(task)?;
     opened.image().reader().lock_shared(&task.image)?;
     let page_map = opened.image().page_map()?.ok_or(ServeError::NoPageMap)?;
     let pages = ChunkPages::of(&page_map);
-    let mut listener = Listener::new(&stream)?;
     let manifest = opened.image().manifest()?;
     let begins_at = manifest.stream.as_ref().and_then(|it| it.device_state_at);
     let sections = device_sections(opened.image(), begins_at)?;
     // The same for whoever takes over.
     let ram_section = unused_section(&sections);
+    // An image that is of no use leaves a guest that waits as it is.
+    let stream = match is_recovery {
+        false => UnixStream::from(stdin_socket()?),
+        true => recover::connect(dir)?,
+    };
+    let mut listener = Listener::new(&stream)?;
     let received = match is_recovery {
         false => {
             let machine_type = &manifest.machine.machine_type;

@@ -1,6 +1,7 @@
 //! `lazy.json`: what the process that gives a guest its memory has to know, kept as long as the guest runs so that another
 //! one can take over.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -28,14 +29,14 @@ pub struct Task {
     pub blocks: Vec<Place>,
     /// Whether the guest shall run.
     pub runs_on: bool,
-    /// Whether it was let run: then it is more than the image says, and nothing may start it over.
+    /// Whether we have let it run.
     pub was_let_run: bool,
     /// How its memory is given.
     pub options: LazyOptions,
     /// Workers.
     pub threads: usize,
     /// The arguments with which it was restored, to start over.
-    pub arguments: Vec<String>,
+    pub arguments: Vec<OsString>,
     /// The directory in which they were given.
     pub cwd: PathBuf,
 }
