@@ -287,13 +287,7 @@ impl Subject for StoppedGuest {
         } = self;
         // QEMU serves one client at a time, and the guardian may be the next.
         drop(qmp);
-        let settled = match outcome {
-            Err(_) if !description.is_gone() => guardian.abandon().is_ok_and(|it| it.success()),
-            _ => {
-                let _ = guardian.stand_down();
-                true
-            }
-        };
+        let settled = guardian.settle(outcome.is_ok() || description.is_gone());
         let left = match settled {
             true if description.is_gone() => GuestLeft::Gone,
             true if is_resting && before != RunState::Postmigrate => GuestLeft::Resting,

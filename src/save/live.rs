@@ -227,13 +227,7 @@ impl Subject for LiveGuest {
             ..
         } = self;
         drop(qmp);
-        let settled = match &outcome {
-            Err(_) if !description.is_gone() => guardian.abandon().is_ok_and(|it| it.success()),
-            _ => {
-                let _ = guardian.stand_down();
-                true
-            }
-        };
+        let settled = guardian.settle(outcome.is_ok() || description.is_gone());
         let state = outcome.unwrap_or(RunState::Running);
         let left = match settled {
             true if description.is_gone() => GuestLeft::Gone,

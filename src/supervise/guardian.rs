@@ -231,6 +231,19 @@ impl Guardian {
         self.child.wait().map_err(SuperviseError::GuardianGone)
     }
 
+    /// Ends the guarding: it stands down if all is settled, and otherwise acts itself. Whether all is settled then. The
+    /// caller must not hold the monitor.
+    pub fn settle(self, is_settled: bool) -> bool {
+        match is_settled {
+            true => {
+                // One that ended before has nothing left to do.
+                let _ = self.stand_down();
+                true
+            }
+            false => self.abandon().is_ok_and(|outcome| outcome.success()),
+        }
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -153,7 +153,8 @@ fn stow_by_virsh<'a>(work: &'a WorkDir, libvirtd: &'a Libvirtd, place: Place) ->
     virsh
 }
 
-fn fill(pid: u32, qmp: &mut Qmp, memory_len: u64) {
+/// Puts something into every page of a guest's RAM that was never touched.
+pub fn fill(pid: u32, qmp: &mut Qmp, memory_len: u64) {
     let qmp = std::cell::RefCell::new(qmp);
     let ask = |line: &str| {
         let answer = qmp
@@ -164,7 +165,7 @@ fn fill(pid: u32, qmp: &mut Qmp, memory_len: u64) {
     fill_at(pid, &ask, memory_len);
 }
 
-/// Puts something into every page of RAM that was never touched.
+/// As [`fill`], asking QEMU's human monitor by `ask`.
 fn fill_at(pid: u32, ask: &dyn Fn(&str) -> String, memory_len: u64) {
     let low_len = memory_len.min(2 << 30); // above it a q35 machine has its hole
     let mut ranges = vec![(FILLED_FROM, low_len - FILLED_FROM)];

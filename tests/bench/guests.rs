@@ -53,17 +53,6 @@ impl Recipe {
         recipe
     }
 
-    /// A guest of that size, 60 % of it half text and half bytes that do not compress.
-    pub fn mixed(memory_mib: u64) -> Self {
-        Recipe {
-            name: format!("mixed {} GiB", memory_mib >> 10),
-            memory_mib,
-            content_mib: memory_mib * 6 / 10,
-            from: "mixed",
-            disk: None,
-        }
-    }
-
     /// A guest of that size with little known content.
     pub fn small(memory_mib: u64) -> Self {
         Recipe {

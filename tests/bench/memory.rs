@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use crate::contender::{Contender, Place};
 use crate::end;
+use crate::first_tick::fill;
 use crate::guests::Recipe;
 use crate::ours::Vmstow;
+use crate::support::Qmp;
 use crate::table::{MemoryRow, Results};
 use crate::work_dir::WorkDir;
 
@@ -18,7 +20,7 @@ const GUESTS_MIB: [u64; 3] = [1024, 2048, 4096];
 
 pub fn run(work: &WorkDir, results: &mut Results) {
     for memory_mib in GUESTS_MIB {
-        let recipe = Recipe::mixed(memory_mib);
+        let recipe = Recipe::small(memory_mib);
         for layout in ["zstd", "raw"] {
             let what = format!("{}, {layout}", recipe.name);
             end::doing(&format!("memory, {what}"));
@@ -27,6 +29,11 @@ pub fn run(work: &WorkDir, results: &mut Results) {
             let qemu = vmstow.boot();
             let serial = place.serial();
             serial.wait_for_line("the first checksum", |line| line.starts_with("sum "));
+            fill(
+                qemu.pid(),
+                &mut Qmp::connect(place.dir.join("qmp")),
+                memory_mib << 20,
+            );
             let (save, _) = peak(&mut vmstow.save_command());
             qemu.wait_for_exit();
             let (verify, _) = peak(work.vmstow().arg("verify").arg(place.image()));
