@@ -13,7 +13,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -31,20 +31,14 @@ pub const KEEPER_SUBCOMMAND: &str = "__keeper";
 /// How long QEMU may take to greet.
 const GREETING: Duration = Duration::from_secs(20);
 
+/// How often it is tried.
+const TRY_EVERY: Duration = Duration::from_millis(2);
+
 /// How long a command out of band may take.
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// How long whoever asks may take to say what.
 const QUESTION: Duration = Duration::from_secs(5);
-
-/// Starts the keeper of a guest whose QEMU listens on [`GuestDir::keeper_monitor`]; returns when it holds its connection.
-///
-/// # Errors
-/// [`SuperviseError::Spawn`]; [`SuperviseError::NotReady`].
-pub fn start_keeper(program: &Path, dir: &GuestDir) -> Result<(), SuperviseError> {
-    let mut child = side_process::start(program, &[KEEPER_SUBCOMMAND], dir, None)?;
-    side_process::wait_ready(&mut child)
-}
 
 /// Asks the keeper to let QEMU listen on `socket` for a new source of a migration that broke off.
 ///
@@ -82,8 +76,23 @@ pub fn run_keeper(dir: &Path) -> ExitCode {
     }
 }
 
+/// Connects to a QEMU that is just starting.
+fn connect(dir: &GuestDir) -> Result<QmpClient, SuperviseError> {
+    let since = Instant::now();
+    loop {
+        match QmpClient::connect_oob(&dir.keeper_monitor(), GREETING) {
+            Ok(qmp) => return Ok(qmp),
+            // A guest whose start failed has no directory any more.
+            Err(error) if since.elapsed() > GREETING || !dir.path().exists() => {
+                return Err(error.into());
+            }
+            Err(_) => std::thread::sleep(TRY_EVERY),
+        }
+    }
+}
+
 fn keep(dir: &GuestDir) -> Result<(), SuperviseError> {
-    let mut qmp = QmpClient::connect_oob(&dir.keeper_monitor(), GREETING)?;
+    let mut qmp = connect(dir)?;
     qmp.set_timeout(ANSWER);
     let path = dir.keeper_socket();
     let listener = UnixListener::bind(&path).map_err(failed("listen on", &path))?;

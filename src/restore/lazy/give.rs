@@ -12,7 +12,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use rustix::io::Errno;
 
 use super::task::{Place, Task};
-use crate::host::{ProcessId, Userfault};
+use crate::host::{GuestDir, Userfault};
 use crate::stream::postcopy::PageRecords;
 use crate::units::{PAGE_LEN, PageIndex};
 
@@ -27,8 +27,11 @@ pub enum Pages<'a> {
 
 /// Gives pages to one guest. Each page must be given once only.
 pub struct Giver<'a> {
-    qemu: ProcessId,
-    blocks: &'a [Place],
+    dir: &'a GuestDir,
+    task: &'a Task,
+    /// Where QEMU keeps the RAMBlocks; read when the first page is given, for before QEMU is told to load anything it is
+    /// not known.
+    places: OnceLock<Vec<Place>>,
     userfault: OnceLock<Userfault>,
     /// Whether the userfaultfd is there by now, if it can be found at all.
     is_loaded: AtomicBool,
@@ -44,11 +47,12 @@ struct Socket {
 
 impl<'a> Giver<'a> {
     /// For the guest of `task`, whose QEMU reads what is written into `stream` and knows the `ram` section by that number.
-    pub fn new(task: &'a Task, stream: UnixStream, ram_section: u32) -> Self {
+    pub fn new(dir: &'a GuestDir, task: &'a Task, stream: UnixStream, ram_section: u32) -> Self {
         let records = PageRecords::new(ram_section);
         Giver {
-            qemu: task.qemu,
-            blocks: &task.blocks,
+            dir,
+            task,
+            places: OnceLock::new(),
             userfault: OnceLock::new(),
             is_loaded: AtomicBool::new(false),
             has_given_up: AtomicBool::new(task.options.through_qemu),
@@ -61,7 +65,7 @@ impl<'a> Giver<'a> {
     /// # Errors
     /// What the kernel says; the guest is gone then, or its QEMU has hung up.
     pub fn give(&self, block: usize, first: PageIndex, pages: Pages<'_>) -> io::Result<()> {
-        let Some(place) = self.blocks.get(block) else {
+        let Some(place) = self.places().get(block) else {
             return Ok(());
         };
         if let Some(address) = place.address {
@@ -71,6 +75,14 @@ impl<'a> Giver<'a> {
             }
         }
         self.send(place, first, pages)
+    }
+
+    fn places(&self) -> &[Place] {
+        self.places.get_or_init(|| {
+            // Without addresses all goes through QEMU.
+            let task = Task::of(self.dir).ok().flatten();
+            task.map_or_else(|| self.task.blocks.clone(), |task| task.blocks)
+        })
     }
 
     /// Sends what is no page.
@@ -100,7 +112,7 @@ impl<'a> Giver<'a> {
         if self.has_given_up.load(Ordering::Relaxed) {
             return Ok(false);
         }
-        let Ok(candidates) = Userfault::all_of(self.qemu) else {
+        let Ok(candidates) = Userfault::all_of(self.task.qemu) else {
             self.has_given_up.store(true, Ordering::Relaxed);
             return Ok(false);
         };

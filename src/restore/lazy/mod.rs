@@ -1,7 +1,7 @@
 //! Restores a guest lazily: it runs as soon as its devices are loaded, and gets its memory behind.
 //!
 //! ```text
-//! launch → keeper → server: devices → the guest runs → pages that it asks for, all others behind → the server ends
+//! launch, keeper, server → devices → the guest runs → pages that it asks for, all others behind → the server ends
 //! ```
 //!
 //! QEMU takes part in a postcopy migration whose source is a process of ours, the *server*, which has the image. It outlives
@@ -33,14 +33,14 @@ use task::Place;
 pub use task::{LazyOptions, Task};
 
 use super::{Plan, RestoreError};
-use crate::container::PageMap;
+use crate::container::{Block, PageMap};
 use crate::error::{Error, Result};
 use crate::host::GuestDir;
 use crate::image::OpenedImage;
 use crate::progress::Progress;
 use crate::qmp::{QmpClient, QmpError, RunState};
 use crate::supervise::{
-    self, Phase, RunningGuest, Said, Serving, SideProcess, SuperviseError, start_keeper,
+    self, KEEPER_SUBCOMMAND, Phase, RunningGuest, Said, Serving, SideProcess, SuperviseError,
     start_side_process,
 };
 
@@ -86,14 +86,18 @@ pub fn load_and_run(
     progress: &dyn Progress,
 ) -> Result<String> {
     let dir = guest.dir().clone();
-    let mut qmp = guest.wait_qmp(plan.timeout())?;
-    let mut task = task(plan, image, page_map, request, guest, &mut qmp)?;
-    task.write(&dir)?;
-    let ours = begin_migration(&mut qmp)?;
     let program = &request.invocation.program;
-    start_keeper(program, &dir)?;
-    let stdin = Some(ours.into());
-    let server = start_side_process(program, &[SERVE_SUBCOMMAND], &dir, stdin)?;
+    let mut task = task(plan, image, page_map, request, guest)?;
+    task.write(&dir)?;
+    // Both get ready while QEMU does.
+    let (ours, qemus) = UnixStream::pair().map_err(ServeError::Socket)?;
+    let server = start_side_process(program, &[SERVE_SUBCOMMAND], &dir, Some(ours.into()))?;
+    let mut keeper = start_side_process(program, &[KEEPER_SUBCOMMAND], &dir, None)?;
+    let mut qmp = guest.wait_qmp(plan.timeout())?;
+    find_memory(&mut task, &mut qmp)?;
+    task.write(&dir)?;
+    begin_migration(&mut qmp, qemus)?;
+    supervise::wait_ready(&mut keeper)?;
     wait_loaded(server, guest, plan.timeout(), progress)?;
     wait_incoming(&mut qmp, plan.timeout())?;
     let_run(&mut qmp, &mut task, &dir)
@@ -105,17 +109,12 @@ fn task(
     page_map: &PageMap,
     request: &LazyRequest,
     guest: &RunningGuest,
-    qmp: &mut QmpClient,
 ) -> Result<Task> {
     let image = opened.image();
-    let known = qmp.ram_blocks()?.unwrap_or_default();
-    let place = |block: &crate::container::Block| Place {
+    let place = |block: &Block| Place {
         idstr: block.idstr.clone(),
         used_length: block.used_length,
-        address: known
-            .iter()
-            .find(|one| (&one.idstr, one.used_length) == (&block.idstr, block.used_length))
-            .and_then(|one| one.host_address),
+        address: None,
     };
     let path = opened.location().path();
     let path = path.map(std::path::absolute).ok_or(ServeError::NoTask)?;
@@ -134,14 +133,24 @@ fn task(
     })
 }
 
-/// Lets QEMU take part in a postcopy migration; gives our end.
-fn begin_migration(qmp: &mut QmpClient) -> Result<UnixStream> {
+/// Asks QEMU where it keeps the RAMBlocks.
+fn find_memory(task: &mut Task, qmp: &mut QmpClient) -> Result<()> {
+    let known = qmp.ram_blocks()?.unwrap_or_default();
+    for place in &mut task.blocks {
+        let mut same = known
+            .iter()
+            .filter(|one| (&one.idstr, one.used_length) == (&place.idstr, place.used_length));
+        place.address = same.next().and_then(|one| one.host_address);
+    }
+    Ok(())
+}
+
+/// Lets QEMU take part in a postcopy migration at its end of the connection.
+fn begin_migration(qmp: &mut QmpClient, qemus: UnixStream) -> Result<()> {
     let capabilities = ["postcopy-ram", "events"].map(|name| (name.to_owned(), true));
     qmp.set_capabilities(&BTreeMap::from(capabilities))?;
-    let (ours, qemus) = UnixStream::pair().map_err(ServeError::Socket)?;
     qmp.getfd(SOCKET_NAME, qemus.as_fd())?;
-    qmp.migrate_incoming(&format!("fd:{SOCKET_NAME}"))?;
-    Ok(ours)
+    Ok(qmp.migrate_incoming(&format!("fd:{SOCKET_NAME}"))?)
 }
 
 /// Waits until the devices are loaded.

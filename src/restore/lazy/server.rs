@@ -127,7 +127,7 @@ fn serve(dir: &GuestDir, task: &Task, is_recovery: bool) -> Result<()> {
     let recorded = record::recorded(opened.image(), &pages);
     let desk = Desk::new(pages.chunks().len(), &given, recorded);
     let copy = stream.try_clone().map_err(ServeError::Socket)?;
-    let giver = Giver::new(task, copy, ram_section);
+    let giver = Giver::new(dir, task, copy, ram_section);
     let server = Server {
         dir,
         task,
