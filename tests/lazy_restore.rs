@@ -265,7 +265,7 @@ fn a_guest_whose_server_is_killed_goes_on() {
         let before = serial.mark();
         let moments = [0, 2, 5, 10, 20, 50].map(Delay::Millis).into_iter();
         let moments = moments.chain([5, 20, 40, 60].map(Delay::Chunks));
-        for delay in moments.chain([0, 1, 3, 30].map(Delay::BothAfterMillis)) {
+        for delay in moments.chain([0, 1, 2, 3, 5, 8, 30].map(Delay::BothAfterMillis)) {
             killed_when(&dir, &serial, &before, delay);
         }
     }

@@ -153,6 +153,12 @@ impl GuestDir {
         Ok(GuestDir { name, path })
     }
 
+    /// The same directory for a process that works in it: it stays this one even if another one gets its path.
+    pub fn entered(self) -> Self {
+        let path = PathBuf::from(".");
+        GuestDir { path, ..self }
+    }
+
     /// The guest's name.
     pub fn name(&self) -> &str {
         &self.name

@@ -7,9 +7,13 @@
 //! new source: one line, the path of the socket that QEMU shall listen on; one line back, `ok` or why not. The keeper ends
 //! with QEMU, or when all memory has come.
 //!
+//! It works in the guest's directory, which it is given as its standard input, and names nothing by its whole path: another
+//! guest may be started under the same name while it still looks for a QEMU that was killed.
+//!
 //! Source: QEMU `docs/interop/qmp-spec.rst`, out-of-band execution; `qapi/migration.json`, `migrate-recover`.
 
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
@@ -17,16 +21,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::process::fchdir;
 
 use super::error::SuperviseError;
 use super::launch::failed;
 use super::serving::{Phase, Serving};
-use super::side_process;
+use super::side_process::{self, SideProcess};
 use crate::host::GuestDir;
 use crate::qmp::{QmpClient, QmpError};
 
 /// The hidden subcommand that makes the program a keeper.
-pub const KEEPER_SUBCOMMAND: &str = "__keeper";
+const SUBCOMMAND: &str = "__keeper";
 
 /// How long QEMU may take to greet.
 const GREETING: Duration = Duration::from_secs(20);
@@ -64,10 +69,7 @@ pub fn ask_keeper(dir: &GuestDir, socket: &Path) -> Result<(), SuperviseError> {
 
 /// The program's life as a keeper.
 pub fn run_keeper(dir: &Path) -> ExitCode {
-    let kept = side_process::detach()
-        .map_err(failed("enter", dir))
-        .and_then(|()| keep(&GuestDir::at(dir)?));
-    match kept {
+    match enter(dir).and_then(|dir| keep(&dir)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             side_process::say_failed(&error.into());
@@ -76,14 +78,31 @@ pub fn run_keeper(dir: &Path) -> ExitCode {
     }
 }
 
+/// Starts the keeper of the guest that has this directory.
+///
+/// # Errors
+/// [`SuperviseError::File`], [`SuperviseError::Spawn`].
+pub fn start_keeper(program: &Path, dir: &GuestDir) -> Result<SideProcess, SuperviseError> {
+    let path = dir.path();
+    let opened = File::open(path).map_err(failed("open", path))?;
+    side_process::start(program, &[SUBCOMMAND], dir, Some(opened.into()))
+}
+
+/// Goes where standard input says.
+fn enter(dir: &Path) -> Result<GuestDir, SuperviseError> {
+    let entered = side_process::detach().and_then(|()| Ok(fchdir(io::stdin())?));
+    entered.map_err(failed("enter", dir))?;
+    Ok(GuestDir::at(dir)?.entered())
+}
+
 /// Connects to a QEMU that is just starting.
 fn connect(dir: &GuestDir) -> Result<QmpClient, SuperviseError> {
     let since = Instant::now();
     loop {
         match QmpClient::connect_oob(&dir.keeper_monitor(), GREETING) {
             Ok(qmp) => return Ok(qmp),
-            // A guest whose start failed has no directory any more.
-            Err(error) if since.elapsed() > GREETING || !dir.path().exists() => {
+            // A guest whose start failed is described no more.
+            Err(error) if since.elapsed() > GREETING || !dir.description().exists() => {
                 return Err(error.into());
             }
             Err(_) => std::thread::sleep(TRY_EVERY),
@@ -133,7 +152,7 @@ fn is_complete(dir: &GuestDir) -> bool {
     serving.is_some_and(|serving| serving.phase == Phase::Complete)
 }
 
-fn answer(who: UnixStream, qmp: &mut QmpClient) -> std::io::Result<()> {
+fn answer(who: UnixStream, qmp: &mut QmpClient) -> io::Result<()> {
     who.set_read_timeout(Some(QUESTION))?;
     let mut socket = String::new();
     BufReader::new(&who).read_line(&mut socket)?;

@@ -19,7 +19,7 @@ pub use damage::{Damage, damage_of, freeze};
 pub use error::SuperviseError;
 pub use guard::run as run_guardian;
 pub use guardian::{Guardian, GuardianInstruction, NodeIdentity, SUBCOMMAND, Then};
-pub use keeper::{KEEPER_SUBCOMMAND, ask_keeper, run_keeper};
+pub use keeper::{ask_keeper, run_keeper, start_keeper};
 pub use launch::{GuestDescription, Launch, RunningGuest, launch};
 pub use list::{GuestList, describe, list};
 pub use serving::{Phase, Serving};

@@ -40,8 +40,7 @@ use crate::image::OpenedImage;
 use crate::progress::Progress;
 use crate::qmp::{QmpClient, QmpError, RunState};
 use crate::supervise::{
-    self, KEEPER_SUBCOMMAND, Phase, RunningGuest, Said, Serving, SideProcess, SuperviseError,
-    start_side_process,
+    self, Phase, RunningGuest, Said, Serving, SideProcess, SuperviseError, start_side_process,
 };
 
 /// The name under which QEMU knows the socket.
@@ -92,7 +91,7 @@ pub fn load_and_run(
     // Both get ready while QEMU does.
     let (ours, qemus) = UnixStream::pair().map_err(ServeError::Socket)?;
     let server = start_side_process(program, &[SERVE_SUBCOMMAND], &dir, Some(ours.into()))?;
-    let mut keeper = start_side_process(program, &[KEEPER_SUBCOMMAND], &dir, None)?;
+    let mut keeper = supervise::start_keeper(program, &dir)?;
     let mut qmp = guest.wait_qmp(plan.timeout())?;
     find_memory(&mut task, &mut qmp)?;
     task.write(&dir)?;
