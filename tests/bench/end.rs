@@ -60,6 +60,10 @@ pub fn wait_if_interrupted() {
 
 /// Ends every process that knows `dir`, and those that they start meanwhile.
 pub fn end_processes(dir: &Path) {
+    // While libvirtd lives what it notes of them is true.
+    for process in libvirt_guests(dir).into_iter().filter_map(Process::open) {
+        process.kill();
+    }
     let end = Instant::now() + Duration::from_secs(10);
     let mut calm = 0;
     while calm < 3 && Instant::now() < end {
@@ -70,4 +74,13 @@ pub fn end_processes(dir: &Path) {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// The QEMUs of a libvirtd of ours: libvirt gives them nothing by which they know `dir`.
+fn libvirt_guests(dir: &Path) -> Vec<u32> {
+    let noted = std::fs::read_dir(dir.join("libvirt/run/libvirt/qemu"));
+    let paths = noted.into_iter().flatten().flatten().map(|it| it.path());
+    let notes = paths.filter(|path| path.extension().is_some_and(|it| it == "pid"));
+    let pid = |path| std::fs::read_to_string(path).ok()?.trim().parse().ok();
+    notes.filter_map(pid).collect()
 }
