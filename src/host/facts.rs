@@ -7,6 +7,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use rustix::io::Errno;
+use rustix::mm::UserfaultfdFlags;
 use serde::{Deserialize, Serialize};
 
 use super::error::HostError;
@@ -163,19 +165,17 @@ pub fn is_kvm_accessible() -> bool {
     is_read_write("/dev/kvm")
 }
 
-/// Whether we may use userfaultfd.
+/// Whether we may use userfaultfd for what the kernel does in our name, too: QEMU needs it so.
 ///
 /// Source: kernel `Documentation/admin-guide/mm/userfaultfd.rst`.
 pub fn userfaultfd() -> Userfaultfd {
-    let Ok(setting) = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd") else {
-        return Userfaultfd::Missing;
-    };
-    let is_permitted = setting.trim() == "1"
-        || rustix::process::geteuid().is_root()
-        || is_read_write("/dev/userfaultfd");
-    match is_permitted {
-        true => Userfaultfd::Available,
-        false => Userfaultfd::NotPermitted,
+    // SAFETY: the descriptor is closed at once, so no memory is ever watched with it.
+    let opened = unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC) };
+    match opened.map(drop) {
+        Ok(()) => Userfaultfd::Available,
+        Err(Errno::NOSYS) => Userfaultfd::Missing,
+        Err(_) if is_read_write("/dev/userfaultfd") => Userfaultfd::Available,
+        Err(_) => Userfaultfd::NotPermitted,
     }
 }
 

@@ -4,24 +4,19 @@
 //! outside, half with what compresses and half with what does not. Each is restored again and again from the same image
 //! and ended. A bare QEMU with the same arguments, which only answers its monitor, is the measure of what cannot be saved.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-use vmstow::host::{ProcessId, ProcessMemory};
-use vmstow::units::PAGE_LEN;
+use serde_json::Value;
 
 use crate::contender::{Contender, Place, run};
 use crate::end;
 use crate::guests::Recipe;
 use crate::libvirtd::Libvirtd;
 use crate::ours::Vmstow;
-use crate::rounds::warm;
-use crate::support::{Adopted, PATIENCE, Process, Qmp};
+use crate::rounds::{cool, use_free_memory, warm};
+use crate::support::{Adopted, PATIENCE, Process, Qmp, fill, fill_at};
 use crate::table::Results;
 use crate::virsh::Virsh;
 use crate::work_dir::WorkDir;
@@ -33,9 +28,6 @@ const AGAINST_VIRSH_MIB: u64 = 4096;
 
 /// How long the guest takes from one tick to the next.
 pub const TICK: Duration = Duration::from_millis(10);
-
-/// Guest memory below this address is the guest's own: its kernel puts things there that it does not look for.
-const FILLED_FROM: u64 = 64 << 20;
 
 /// What was measured of one guest, one value a round, in seconds.
 #[derive(Debug, Default)]
@@ -74,19 +66,23 @@ fn measure(work: &WorkDir, memory_mib: u64, rounds: u32) -> TickRow {
         guest: recipe.name.clone(),
         ..TickRow::default()
     };
+    let mut images = vec![lazy.place.image(), mapped.place.image()];
+    images.extend(virsh.as_ref().map(|virsh| virsh.place.image()));
+    let prepare = |image: PathBuf| prepare(&image, &images, memory_mib << 20);
     for round in 0..rounds {
         end::doing(&format!("first tick, {}, round {}", recipe.name, round + 1));
         row.bare.push(bare_start(work, &lazy));
-        warm(&lazy.place.image());
+        prepare(lazy.place.image());
         let (tick, whole, stall) = restore_lazily(&lazy, &lazy_sum);
         row.lazy.push(tick);
         row.lazy_whole.push(whole);
         row.stall.push(stall);
+        prepare(lazy.place.image());
         row.eager.push(restore(&lazy, &[], &lazy_sum).0);
-        warm(&mapped.place.image());
+        prepare(mapped.place.image());
         row.mapped.push(restore(&mapped, &["--map"], &mapped_sum).0);
         if let Some(virsh) = &mut virsh {
-            warm(&virsh.place.image());
+            prepare(virsh.place.image());
             let known = virsh.place.serial_len();
             let begin = Instant::now();
             let qemu = virsh.restore();
@@ -110,6 +106,15 @@ fn measure(work: &WorkDir, memory_mib: u64, rounds: u32) -> TickRow {
         work.done_with(&place.dir);
     }
     row
+}
+
+/// Has one image, and no other, in the page cache, and as much memory as a guest has at hand.
+fn prepare(image: &Path, images: &[PathBuf], guest_len: u64) {
+    for other in images.iter().filter(|other| *other != image) {
+        cool(other);
+    }
+    use_free_memory(usize::try_from(guest_len).unwrap());
+    warm(image);
 }
 
 /// Boots the guest, fills its memory and saves it; gives its checksum too.
@@ -151,60 +156,6 @@ fn stow_by_virsh<'a>(work: &'a WorkDir, libvirtd: &'a Libvirtd, place: Place) ->
     virsh.save();
     qemu.wait_for_exit();
     virsh
-}
-
-/// Puts something into every page of a guest's RAM that was never touched.
-pub fn fill(pid: u32, qmp: &mut Qmp, memory_len: u64) {
-    let qmp = std::cell::RefCell::new(qmp);
-    let ask = |line: &str| {
-        let answer = qmp
-            .borrow_mut()
-            .command("human-monitor-command", json!({ "command-line": line }));
-        answer.as_str().unwrap().to_owned()
-    };
-    fill_at(pid, &ask, memory_len);
-}
-
-/// As [`fill`], asking QEMU's human monitor by `ask`.
-fn fill_at(pid: u32, ask: &dyn Fn(&str) -> String, memory_len: u64) {
-    let low_len = memory_len.min(2 << 30); // above it a q35 machine has its hole
-    let mut ranges = vec![(FILLED_FROM, low_len - FILLED_FROM)];
-    if memory_len > low_len {
-        ranges.push((4 << 30, memory_len - low_len));
-    }
-    let process = ProcessId::of(i32::try_from(pid).unwrap()).unwrap();
-    let pages = ProcessMemory::open(process).unwrap();
-    let bytes = File::options()
-        .write(true)
-        .open(format!("/proc/{pid}/mem"))
-        .unwrap();
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut page = [0; PAGE_LEN];
-    for (start, len) in ranges {
-        let answer = ask(&format!("gpa2hva {start:#x}"));
-        let (_, address) = answer
-            .trim()
-            .rsplit_once(" is 0x")
-            .expect("QEMU tells where memory is");
-        let base = u64::from_str_radix(address, 16).unwrap();
-        let mut touched = vec![false; usize::try_from(len).unwrap() / PAGE_LEN];
-        pages.touched(base, &mut touched).unwrap();
-        for (index, _) in (0..).zip(&touched).filter(|(_, is_touched)| !**is_touched) {
-            let (noise, mut text) = page.split_at_mut(PAGE_LEN / 2);
-            for word in noise.chunks_exact_mut(8) {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                word.copy_from_slice(&state.to_le_bytes());
-            }
-            while !text.is_empty() {
-                write!(&mut text, "page {index} of a guest that is full, ").unwrap_or_default();
-            }
-            bytes
-                .write_all_at(&page, base + index * PAGE_LEN as u64)
-                .unwrap();
-        }
-    }
 }
 
 /// From the start of a QEMU with the guest's arguments until its monitor answers.

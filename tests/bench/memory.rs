@@ -9,10 +9,9 @@ use std::time::Duration;
 
 use crate::contender::{Contender, Place};
 use crate::end;
-use crate::first_tick::fill;
 use crate::guests::Recipe;
 use crate::ours::Vmstow;
-use crate::support::Qmp;
+use crate::support::{Qmp, fill};
 use crate::table::{MemoryRow, Results};
 use crate::work_dir::WorkDir;
 

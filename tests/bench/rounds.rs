@@ -149,7 +149,7 @@ fn stow<'a>(mut entrant: Entrant<'a>, guest: &str) -> Stowed<'a> {
 fn play(stowed: &mut Stowed, memory_len: usize) -> (Cost, Cost) {
     warm(&stowed.entrant.place.image());
     rustix::fs::sync();
-    use_free_memory(memory_len);
+    use_free_memory(2 * memory_len);
     let (qemu, restored) = restore(&mut stowed.entrant);
     let place = &stowed.entrant.place;
     assert_eq!(
@@ -162,7 +162,7 @@ fn play(stowed: &mut Stowed, memory_len: usize) -> (Cost, Cost) {
     std::thread::sleep(PAUSE);
     std::fs::remove_file(place.image()).unwrap();
     rustix::fs::sync();
-    use_free_memory(memory_len);
+    use_free_memory(2 * memory_len);
     let saved = save(&mut stowed.entrant, qemu);
     stowed.before = serial.mark();
     (restored, saved)
@@ -203,16 +203,22 @@ fn save(entrant: &mut Entrant, qemu: Adopted) -> Cost {
 
 /// Brings a file into the page cache anew: whoever wrote it may have left all of it there, or nothing.
 pub fn warm(path: &Path) {
+    cool(path);
     let mut file = File::open(path).unwrap();
-    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     let mut buffer = vec![0; 1 << 20];
     while file.read(&mut buffer).unwrap() > 0 {}
 }
 
-/// Uses, and gives back, twice as much memory as the guest has. On a host that is a virtual machine itself memory costs
-/// its first user much more than the next one, and each contender would be lucky or not.
-fn use_free_memory(guest_len: usize) {
-    let mut memory = memmap2::MmapMut::map_anon(2 * guest_len).unwrap();
+/// Takes a file out of the page cache.
+pub fn cool(path: &Path) {
+    let file = File::open(path).unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+}
+
+/// Uses, and gives back, `len` bytes of memory, best twice as many as the guest has. On a host that is a virtual machine
+/// itself memory costs its first user much more than the next one, and each contender would be lucky or not.
+pub fn use_free_memory(len: usize) {
+    let mut memory = memmap2::MmapMut::map_anon(len).unwrap();
     memory.advise(memmap2::Advice::HugePage).unwrap();
     for page in memory.chunks_mut(4096) {
         page[0] = 1;
