@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, Explanation, explain};
 use crate::container::ContainerError;
 use crate::error::{Error, ErrorKind};
 use crate::host::HostError;
@@ -74,7 +74,18 @@ pub fn facts(error: &Error) -> Vec<String> {
             facts.push(cause);
         }
     }
+    let explanations = explanations(error).into_iter();
+    facts.extend(explanations.map(|one| format!("that is, {}", one.cause)));
     facts
+}
+
+/// What QEMU said that did not load a guest, in other words.
+fn explanations(error: &Error) -> Vec<Explanation> {
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(RestoreError::QemuGaveUp { words, .. }), _) => explain(words),
+        (_, Some(SuperviseError::EarlyExit { log, .. })) => explain(log),
+        _ => Vec::new(),
+    }
 }
 
 /// What to do now, behind `try:`.
@@ -87,6 +98,9 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
         return Some(format!(
             "copy the image again; `vmstow verify {image}` lists all that is damaged"
         ));
+    }
+    if let Some(first) = explanations(error).into_iter().next() {
+        return Some(first.remedy);
     }
     if let Some(advice) = error.downcast_ref().and_then(serve_advice) {
         return Some(advice.to_owned());

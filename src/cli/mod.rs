@@ -6,6 +6,7 @@ mod completion;
 mod convert;
 mod demo;
 mod doctor;
+mod explain;
 mod hint;
 mod inspect;
 mod list;
@@ -54,6 +55,7 @@ enum Command {
     Repair(repair::RepairArgs),
     List(list::ListArgs),
     Stop(stop::StopArgs),
+    Explain(explain::ExplainArgs),
     Doctor(doctor::DoctorArgs),
     Demo(demo::DemoArgs),
     Completion(completion::CompletionArgs),
@@ -115,6 +117,7 @@ pub fn main() -> ExitCode {
         Command::Repair(args) => repair::run(&args, &ui),
         Command::List(args) => list::run(&args, &ui),
         Command::Stop(args) => stop::run(&args, &ui),
+        Command::Explain(args) => explain::run(&args, &ui),
         Command::Doctor(args) => doctor::run(&args, &ui),
         Command::Demo(args) => demo::run(&args, &ui),
         Command::Completion(args) => completion::run(&args, Cli::command()),

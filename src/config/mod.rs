@@ -16,11 +16,13 @@
 //! | [`mapped_memory`] | guest RAM as a private mapping of an image, and the way back |
 //! | [`domain_xml`](mod@domain_xml) | arguments → libvirt domain XML; the name and UUID in somebody's XML |
 //! | [`postcopy`] | what forbids that a guest runs before its memory is there |
+//! | [`explain`](mod@explain) | what QEMU and libvirt say when a guest does not load, in other words |
 //! | [`compat`] | (guest, host) → every reason it cannot run |
 
 pub mod arguments;
 pub mod compat;
 pub mod domain_xml;
+pub mod explain;
 pub mod foreign;
 pub mod isolate;
 pub mod mapped_memory;
@@ -37,6 +39,7 @@ mod error;
 pub use arguments::{Argument, Arguments};
 pub use domain_xml::{DomainFacts, Identity, domain_xml, read_identity};
 pub use error::{ConfigError, Reason};
+pub use explain::{Explanation, explain};
 pub use isolate::{Isolated, isolate};
 pub use remap::Remap;
 pub use resources::{Resource, ResourceKind, ResourceTable};
