@@ -351,9 +351,10 @@ fn a_target_directory_that_goes_in_the_middle_leaves_the_guest_running() {
                 std::fs::remove_dir_all(&inner).unwrap();
             });
             let words = ["inner/x.stow", "--level", "19", "--threads", "1"];
+            // A machine with much to do has told by then how far it is.
             let said = refused(&dir, &guest, &words, 1);
             let sentence = "error: guest was not saved and runs on as before\n  why: the image could not be given its name\n";
-            assert!(said.starts_with(sentence), "{said}");
+            assert!(said.contains(sentence), "{said}");
         });
         before.assert_is_back(&dir, &guest);
     }
