@@ -11,7 +11,7 @@ use super::{About, Outcome};
 use crate::container::manifest::{Resource, StreamSummary};
 use crate::error::Error;
 use crate::image::{self, ImageError};
-use crate::inspect::{self, ImageDescription, StreamDescription};
+use crate::inspect::{self, Devices, ImageDescription, StreamDescription};
 use crate::store::Location;
 use crate::units::human_bytes;
 
@@ -22,11 +22,33 @@ use crate::units::human_bytes;
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// The image, or a bare migration stream
-    image: Location,
+    pub(super) image: Location,
 
     /// Print the guest's domain XML
     #[arg(long)]
     xml: bool,
+
+    /// Show the saved state of every device, field by field
+    #[arg(long, conflicts_with = "xml")]
+    pub(super) devices: bool,
+
+    /// Show the saved state of one device: IDSTR, or IDSTR#INSTANCE where several have the same name
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["xml", "devices"])]
+    pub(super) device: Option<String>,
+
+    /// Write that device's bytes as they are in the stream
+    #[arg(long, requires = "device")]
+    pub(super) raw: bool,
+
+    /// Show the registers of each virtual processor
+    #[arg(long, conflicts_with_all = ["xml", "devices", "device"])]
+    pub(super) registers: bool,
+}
+
+impl InspectArgs {
+    fn looks_at_devices(&self) -> bool {
+        self.devices || self.device.is_some() || self.registers
+    }
 }
 
 /// Prints the description.
@@ -35,6 +57,10 @@ pub fn run(args: &InspectArgs, ui: &Ui) -> Outcome {
         Err(error) if is_bare_stream(&error) => return inspect_stream(args, ui),
         other => other.about(&args.image)?,
     };
+    if args.looks_at_devices() {
+        let devices = Devices::of_image(&opened).about(&args.image)?;
+        return super::devices::show(args, &devices, ui);
+    }
     if args.xml {
         ui.print(&opened.image().xml().about(&args.image)?)?;
         return Ok(ExitCode::SUCCESS);
@@ -54,6 +80,10 @@ fn inspect_stream(args: &InspectArgs, ui: &Ui) -> Outcome {
         .path()
         .ok_or(ImageError::BareStream)
         .about(&args.image)?;
+    if args.looks_at_devices() {
+        let devices = Devices::of_stream(path, ui).about(&args.image)?;
+        return super::devices::show(args, &devices, ui);
+    }
     let (description, broken) = inspect::describe_stream(path, ui).about(&args.image)?;
     ui.answer(&description, human_stream)?;
     match broken {

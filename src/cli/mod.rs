@@ -5,6 +5,7 @@
 mod completion;
 mod convert;
 mod demo;
+mod devices;
 mod doctor;
 mod explain;
 mod hint;

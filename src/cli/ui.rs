@@ -158,12 +158,19 @@ impl Ui {
 
     /// Writes text to stdout, to a terminal only what is [`printable`]. A reader that went away is no error.
     pub fn print(&self, text: &str) -> Result<(), StoreError> {
+        match std::io::stdout().is_terminal() {
+            true => self.write(printable(text).as_bytes()),
+            false => self.write(text.as_bytes()),
+        }
+    }
+
+    /// Writes bytes as they are.
+    ///
+    /// # Errors
+    /// As [`Ui::print`].
+    pub fn write(&self, bytes: &[u8]) -> Result<(), StoreError> {
         let mut out = std::io::stdout().lock();
-        let text = match out.is_terminal() {
-            true => printable(text),
-            false => text.to_owned(),
-        };
-        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        match out.write_all(bytes).and_then(|()| out.flush()) {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
             other => other.map_err(|source| StoreError::Pipe {
                 act: "write",

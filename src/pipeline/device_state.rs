@@ -21,20 +21,31 @@ pub fn device_sections<R: ReadAt>(
     image: &Image<R>,
     begins_at: Option<u64>,
 ) -> Result<Vec<u8>, PipelineError> {
+    let (at, region) = device_region(image, begins_at)?;
+    let sections = sections_of(&region).ok_or(PipelineError::DeviceState { at })?;
+    Ok(sections.to_vec())
+}
+
+/// As [`device_sections`], with the EOF byte and the vmdescription behind them, and where in the stream it begins.
+///
+/// # Errors
+/// As [`device_sections`]; how the region ends is not looked at.
+pub fn device_region<R: ReadAt>(
+    image: &Image<R>,
+    begins_at: Option<u64>,
+) -> Result<(StreamOffset, Vec<u8>), PipelineError> {
     if image.layout() == Layout::Mapped {
-        let region = MappedImage::open(image)?.device_sections(image)?;
-        let at = StreamOffset(0);
-        let sections = sections_of(&region).ok_or(PipelineError::DeviceState { at })?;
-        return Ok(sections.to_vec());
+        let mapped = MappedImage::open(image)?;
+        let begins_at = StreamOffset(mapped.device_state_at());
+        return Ok((begins_at, mapped.device_sections(image)?));
     }
     let begins_at = match begins_at {
         Some(at) => StreamOffset(at),
         None => search(image)?,
     };
     let len = image.stream_len().saturating_sub(begins_at.0);
-    let wrong = PipelineError::DeviceState { at: begins_at };
     if len > MAX_DEVICE_STATE_LEN as u64 {
-        return Err(wrong);
+        return Err(PipelineError::DeviceState { at: begins_at });
     }
     let table = ChunkTable::new(image);
     let mut fetcher = Fetcher::default();
@@ -52,10 +63,7 @@ pub fn device_sections<R: ReadAt>(
             Err(error) => return Err(error.into()),
         }
     }
-    match sections_of(&region) {
-        Some(sections) => Ok(sections.to_vec()),
-        None => Err(wrong),
-    }
+    Ok((begins_at, region))
 }
 
 /// Where the device state begins, by reading all that comes before it.

@@ -31,7 +31,7 @@ pub use beside::{beside, side_by_side};
 pub use capture::{StoppedGuestMemory, capture};
 pub use check::{Checked, check};
 pub use decode::{decode, examine};
-pub use device_state::device_sections;
+pub use device_state::{device_region, device_sections};
 pub use encode::{Encoded, Encoding, LIVE_BUFFER_LEN, encode, encode_live};
 pub use fetch::{ChunkTable, Fetcher, MOST_AT_ONCE};
 pub use mapped::MappedImage;

@@ -18,6 +18,7 @@
 //! | `cursor` | big-endian integers and names, read forward |
 
 mod cursor;
+mod device_fields;
 mod device_state;
 mod device_walk;
 pub mod error;
@@ -34,6 +35,7 @@ mod vmdescription;
 pub mod wire;
 pub mod writer;
 
+pub use device_fields::{DeviceFields, Field, Subsection, Value, device_fields};
 pub use device_state::{DeviceSection, VmDescription, sections_of};
 pub use error::{Place, StreamError};
 pub use parser::{Element, Event, Parser, StreamSummary, is_stream_start};

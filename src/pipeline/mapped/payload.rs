@@ -94,6 +94,11 @@ impl MappedImage {
         Payload::new(image).read(range.start, len)
     }
 
+    /// Where the device state begins in the stream.
+    pub fn device_state_at(&self) -> u64 {
+        self.device_sections.start
+    }
+
     /// Which pages of a RAMBlock are there: one bit a page.
     pub(super) fn bitmap<R: ReadAt>(
         payload: &mut Payload<'_, R>,
