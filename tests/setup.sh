@@ -16,10 +16,12 @@ test_packages=(
     busybox-static cpio make # the Linux guest
     nasm                     # the counter guest
     qemu-utils               # disk images
+    swtpm ovmf               # the TPM and the firmware of guests that are run from XML
+    util-linux               # libvirtd's private view of /etc and /var
     zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
     libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
 )
-bench_packages=(openssl util-linux) # a digest to be held against; libvirtd's private view of /etc and /var
+bench_packages=(openssl) # a digest to be held against
 libvirt_packages=(libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu)
 # Their own dependencies of the same version: apt would look for them in bookworm.
 libvirt_more_packages=(libvirt0 libvirt-common libvirt-daemon-common libvirt-daemon-log)
@@ -126,7 +128,7 @@ has_libvirt_11() {
 }
 
 # Installs libvirt of bookworm-backports. Only its own packages come from there, by their version: everything else that
-# it needs stays bookworm's. Nothing of it is started; the comparison starts a libvirtd of its own.
+# it needs stays bookworm's. Nothing of it is started; tests and comparison start a libvirtd of their own.
 install_libvirt() {
     has_libvirt_11 && return 0
     check_distribution "libvirt 11.2 or later"
@@ -227,14 +229,15 @@ case $mode in
     install_packages "${demo_packages[@]}" "${test_packages[@]}"
     unpack_qemu_7_2
     build_linux_guest
-    say "ready: QEMU 10 and 7.2, a Linux guest, and the programs that judge our files"
+    install_libvirt
+    say "ready: QEMU 10 and 7.2, a Linux guest, libvirt $(virsh --version), and the programs that judge our files"
     ;;
 --bench)
     install_packages "${demo_packages[@]}" "${test_packages[@]}" "${bench_packages[@]}"
     unpack_qemu_7_2
     build_linux_guest
     install_libvirt
-    say "ready: as for the tests, and libvirt $(virsh --version)"
+    say "ready: as for the tests, and what the comparison needs"
     ;;
 *) fail "unknown argument '$mode'; usage: tests/setup.sh [--demo|--bench]" ;;
 esac

@@ -34,12 +34,6 @@ pub enum ConfigError {
         /// The form it has to have.
         expected: &'static str,
     },
-    /// Domain XML that cannot be written.
-    #[error("the domain XML could not be written: {fact}")]
-    XmlNotWritten {
-        /// What the writer says.
-        fact: String,
-    },
     /// Domain XML that cannot be read.
     #[error("the domain XML cannot be read: {fact}")]
     XmlNotRead {
@@ -47,7 +41,37 @@ pub enum ConfigError {
         fact: String,
         /// Byte offset in the XML.
         at: u64,
+        /// The line, from 1.
+        line: u32,
     },
+    /// Domain XML that asks for what cannot be given, or that does not make sense.
+    #[error("{}", unsupported(.elements))]
+    Unsupported {
+        /// Everything that stands against it, never none.
+        elements: Vec<Unmodelled>,
+    },
+}
+
+/// One thing in domain XML that is not honoured.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Unmodelled {
+    /// Where: `domain/devices/hostdev[2]`, `domain/vcpu/@current`.
+    pub path: String,
+    /// The line its element starts in, from 1; 0 for an element that was not read.
+    pub line: u32,
+    /// What is the matter with it.
+    pub why: String,
+    /// What to do about it, if anything can be said.
+    pub try_: Option<String>,
+}
+
+impl std::fmt::Display for Unmodelled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.line {
+            0 => write!(f, "{}: {}", self.path, self.why),
+            line => write!(f, "line {line}, {}: {}", self.path, self.why),
+        }
+    }
 }
 
 /// One reason why kept arguments cannot be made into restore arguments.
@@ -144,13 +168,16 @@ impl Blame for ConfigError {
             }
             ConfigError::RemapSyntax { .. } => ErrorKind::Usage,
             ConfigError::XmlNotRead { .. } => ErrorKind::Image,
+            ConfigError::Unsupported { .. } => ErrorKind::Usage,
             _ => ErrorKind::Failed,
         }
     }
 
     fn at(&self) -> Option<String> {
         match self {
-            ConfigError::XmlNotRead { at, .. } => Some(format!("byte {at:#x} of the domain XML")),
+            ConfigError::XmlNotRead { at, line, .. } => {
+                Some(format!("line {line} of the domain XML, byte {at:#x}"))
+            }
             _ => None,
         }
     }
@@ -159,6 +186,24 @@ impl Blame for ConfigError {
 fn all(reasons: &[Reason]) -> String {
     let reasons: Vec<String> = reasons.iter().map(Reason::to_string).collect();
     reasons.join("; ")
+}
+
+/// The first few of them; `vmstow` lists all where it has the room.
+fn unsupported(elements: &[Unmodelled]) -> String {
+    const SHOWN: usize = 20;
+    let shown: Vec<String> = elements
+        .iter()
+        .take(SHOWN)
+        .map(Unmodelled::to_string)
+        .collect();
+    let more = match elements.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!("; and {more} more"),
+    };
+    format!(
+        "the domain XML cannot be honoured: {}{more}",
+        shown.join("; ")
+    )
 }
 
 fn listed(known: &[String]) -> String {

@@ -15,13 +15,20 @@
 //! | [`restore_arguments`](mod@restore_arguments) | kept arguments → restore arguments |
 //! | [`mapped_memory`] | guest RAM as a private mapping of an image, and the way back |
 //! | [`domain_xml`](mod@domain_xml) | arguments → libvirt domain XML; the name and UUID in somebody's XML |
+//! | [`xml`] | XML ⇄ a tree that loses nothing |
+//! | [`domain`] | domain XML → typed values, with all that is not modelled |
+//! | [`expand`](mod@expand) | hand-written domain XML → domain XML in which nothing is left to choose |
+//! | [`command_line`](mod@command_line) | expanded domain → QEMU's arguments |
 //! | [`postcopy`] | what forbids that a guest runs before its memory is there |
 //! | [`explain`](mod@explain) | what QEMU and libvirt say when a guest does not load, in other words |
 //! | [`compat`] | (guest, host) → every reason it cannot run |
 
 pub mod arguments;
+pub mod command_line;
 pub mod compat;
+pub mod domain;
 pub mod domain_xml;
+pub mod expand;
 pub mod explain;
 pub mod foreign;
 pub mod isolate;
@@ -33,12 +40,14 @@ pub mod properties;
 pub mod remap;
 pub mod resources;
 pub mod restore_arguments;
+pub mod xml;
 
 mod error;
 
 pub use arguments::{Argument, Arguments};
+pub use command_line::{CommandContext, CommandLine, command_line};
 pub use domain_xml::{DomainFacts, Identity, domain_xml, read_identity};
-pub use error::{ConfigError, Reason};
+pub use error::{ConfigError, Reason, Unmodelled};
 pub use explain::{Explanation, explain};
 pub use isolate::{Isolated, isolate};
 pub use remap::Remap;

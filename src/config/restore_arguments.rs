@@ -3,7 +3,7 @@
 //! The arguments of the saved QEMU describe the guest, and besides it how somebody once ran it: a terminal, a monitor, a
 //! way to start. This replaces the second part and leaves the first as it is. The steps, in order: [`DROPPED`] goes,
 //! memory that was mapped from an image becomes QEMU's own, `-nographic` is spelled out, remaps are applied, what cannot be restored is refused, terminals become log files,
-//! files are appended to, and what every guest of ours has comes at the end.
+//! what lay in the guest's old directory moves to its new one, files are appended to, and what every guest of ours has comes at the end.
 //!
 //! Restore arguments are a fixed point: kept again and restored again in the same place they stay the same. Our own
 //! additions are known by ids that begin with `vmstow-`. Relative paths stay, since the directory is restored too.
@@ -91,6 +91,7 @@ pub fn restore_arguments(
         return Err(ConfigError::Refused { reasons });
     }
     terminals_to_logs(&mut arguments, &context.log_dir);
+    move_own_files(&mut arguments, kept, &context.log_dir);
     short_files_to_chardevs(&mut arguments);
     append_and_do_not_wait(&mut arguments);
     set_machine_type(&mut arguments, &context.machine_type);
@@ -235,7 +236,7 @@ fn is_descriptor_path(path: &str) -> bool {
 }
 
 /// `stdio` → a file in the log directory, wherever it stands; logs of an earlier restore move to this directory.
-fn terminals_to_logs(arguments: &mut Arguments, log_dir: &str) {
+pub(super) fn terminals_to_logs(arguments: &mut Arguments, log_dir: &str) {
     let mut renamed = Vec::new();
     for argument in arguments
         .items
@@ -271,6 +272,51 @@ fn terminals_to_logs(arguments: &mut Arguments, log_dir: &str) {
     arguments
         .items
         .retain(|item| !(item.name() == Some("gdb") && item.value() == Some("stdio")));
+}
+
+/// What lay in the directory that the guest had moves to the one that it has now: logs beside a terminal, sockets that
+/// nobody gave a path, those of swtpm and its like, memory in a file.
+fn move_own_files(arguments: &mut Arguments, kept: &Arguments, directory: &str) {
+    let Some(old) = own_directory(kept) else {
+        return;
+    };
+    let moved = |path: String| {
+        let file = path.strip_prefix(old.as_str())?;
+        (file.is_empty() || file.starts_with('/')).then(|| format!("{directory}{file}"))
+    };
+    for argument in &mut arguments.items {
+        let keys: &[&str] = match argument.name() {
+            Some("chardev") => &["path", "logfile"],
+            Some("netdev") => &["addr.path"],
+            Some("object") => &["mem-path"],
+            Some("spice") => &["addr"],
+            Some("vnc") => &["vnc"],
+            _ => continue,
+        };
+        argument.edit(|properties| {
+            for key in keys {
+                let value = properties.get(key).unwrap_or_default();
+                let (prefix, path) = match value.strip_prefix("unix:") {
+                    Some(path) => ("unix:", path.to_owned()),
+                    None => ("", value),
+                };
+                if let Some(path) = moved(path) {
+                    properties.set(key, &format!("{prefix}{path}"));
+                }
+            }
+        });
+    }
+}
+
+/// The directory of the guest that these are the arguments of, if it was one of ours: where our monitor's socket was.
+fn own_directory(kept: &Arguments) -> Option<String> {
+    let mut chardevs = kept
+        .options("chardev")
+        .map(|(_, chardev)| chardev.properties());
+    let ours = chardevs.find(|chardev| chardev.get("id").as_deref() == Some(QMP_CHARDEV))?;
+    let path = ours.get("path")?;
+    path.rsplit_once('/')
+        .map(|(directory, _)| directory.to_owned())
 }
 
 /// `file,id=vmstow-log-serial0,path=DIR/serial0.log,append=on`
@@ -439,13 +485,20 @@ fn set_display(arguments: &mut Arguments) {
 }
 
 fn add_ours(arguments: &mut Arguments, kept: &Arguments, context: &RestoreContext) {
+    add_control(arguments, name(kept, &context.name), &context.qmp_socket);
+    let incoming = Argument::with_value("incoming", "defer");
+    arguments.items.push(incoming);
+}
+
+/// What every guest of ours has: its name, a sandbox, a monitor for us; and it waits until we let it run.
+pub(super) fn add_control(arguments: &mut Arguments, name: String, qmp_socket: &str) {
     let chardev = format!(
         "socket,id={QMP_CHARDEV},path={},server=on,wait=off",
-        escape(&context.qmp_socket)
+        escape(qmp_socket)
     );
     let sandbox = sandbox(arguments);
     arguments.items.extend([
-        Argument::with_value("name", name(kept, &context.name)),
+        Argument::with_value("name", name),
         Argument::with_value("sandbox", sandbox),
         Argument::with_value("chardev", chardev),
         Argument::with_value(
@@ -453,7 +506,6 @@ fn add_ours(arguments: &mut Arguments, kept: &Arguments, context: &RestoreContex
             format!("id={MONITOR},chardev={QMP_CHARDEV},mode=control"),
         ),
         Argument::switch("S"),
-        Argument::with_value("incoming", "defer"),
     ]);
 }
 

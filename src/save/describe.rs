@@ -235,10 +235,7 @@ impl Description {
     }
 
     /// Its libvirt domain XML.
-    ///
-    /// # Errors
-    /// None that is known: every value here can be written.
-    pub fn domain_xml(&self) -> Result<String> {
+    pub fn domain_xml(&self) -> String {
         let facts = DomainFacts {
             name: self.name.clone(),
             uuid: self.uuid,
@@ -251,7 +248,7 @@ impl Description {
             emulator: self.process.exe.display().to_string(),
             directory: self.process.cwd.display().to_string(),
         };
-        Ok(domain_xml(&self.arguments, &self.resources, &facts)?)
+        domain_xml(&self.arguments, &self.resources, &facts)
     }
 
     /// The manifest as far as it is known before the stream.

@@ -276,7 +276,7 @@ fn write_image(
         guest_uuid: guest.description().uuid,
     };
     let image_uuid = identity.image_uuid;
-    let xml = guest.description().domain_xml()?;
+    let xml = guest.description().domain_xml();
     let provisional = guest
         .description()
         .provisional(&request.labels, request.then == Then::Resume);

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::Story;
-use super::element::Element;
 use crate::config::properties::Properties;
 use crate::config::resources::{Resource, ResourceKind};
+use crate::config::xml::Element;
 
 /// A `-device` argument.
 pub(super) type Device = (usize, Properties);

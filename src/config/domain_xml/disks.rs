@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::Story;
 use super::devices::{Device, alias, boot_order};
-use super::element::Element;
 use crate::config::resources::{Resource, ResourceKind};
+use crate::config::xml::Element;
 
 impl Story<'_> {
     /// Tells the arguments below a drive: `-drive` with its short forms, or `-blockdev` with what it builds on.

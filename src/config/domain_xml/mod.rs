@@ -9,21 +9,19 @@
 
 mod devices;
 mod disks;
-mod element;
 mod identity;
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
 use super::arguments::{Argument, Arguments};
 use super::properties::{Properties, is_yes};
 use super::resources::{ResourceKind, ResourceTable, is_monitor_only};
 use super::restore_arguments::DROPPED;
-use element::Element;
+use super::xml::{Document, Element};
 
-pub use identity::{Identity, MAX_XML_DEPTH, MAX_XML_LEN, read_identity};
+pub use identity::{Identity, read_identity};
 
 /// The namespace of our elements in `<metadata>`.
 pub const NAMESPACE: &str = "urn:vmstow:1";
@@ -55,14 +53,7 @@ pub struct DomainFacts {
 }
 
 /// The domain XML of a guest.
-///
-/// # Errors
-/// [`ConfigError::XmlNotWritten`] only if the XML library fails.
-pub fn domain_xml(
-    arguments: &Arguments,
-    resources: &ResourceTable,
-    facts: &DomainFacts,
-) -> Result<String, ConfigError> {
+pub fn domain_xml(arguments: &Arguments, resources: &ResourceTable, facts: &DomainFacts) -> String {
     let resources = &with_absolute_paths(resources, &facts.directory);
     let mut story = Story::new(arguments, resources, facts);
     let os = story.os();
@@ -84,7 +75,7 @@ pub fn domain_xml(
         domain = domain.attribute("xmlns:qemu", QEMU_NAMESPACE);
     }
     let uuid = facts.uuid.map(|uuid| Element::with_text("uuid", uuid));
-    domain
+    let domain = domain
         .child(Element::with_text("name", &facts.name))
         .children(uuid)
         .children(story.metadata())
@@ -97,8 +88,8 @@ pub fn domain_xml(
         .child(clock)
         .children(on_reboot)
         .child(devices)
-        .children(commandline)
-        .write()
+        .children(commandline);
+    Document::new(domain).write_indented()
 }
 
 fn with_absolute_paths(resources: &ResourceTable, directory: &str) -> ResourceTable {

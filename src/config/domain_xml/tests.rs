@@ -21,7 +21,7 @@ fn xml(words: &[&str], facts: &DomainFacts) -> String {
     all.extend(words);
     let arguments = Arguments::parse(&all).unwrap();
     let resources = ResourceTable::from_arguments(&arguments, Some(&facts.machine_type));
-    let xml = domain_xml(&arguments, &resources, facts).unwrap();
+    let xml = domain_xml(&arguments, &resources, facts);
     let identity = read_identity(xml.as_bytes()).unwrap();
     assert_eq!(identity.name.as_deref(), Some(facts.name.as_str()));
     assert_eq!(identity.uuid, facts.uuid);
@@ -100,7 +100,7 @@ proptest! {
         let words: Vec<&str> = std::iter::once("qemu").chain(words.iter().map(String::as_str)).collect();
         if let Ok(arguments) = Arguments::parse(&words) {
             let resources = ResourceTable::from_arguments(&arguments, None);
-            let xml = domain_xml(&arguments, &resources, &facts("pc-q35-10.0")).unwrap();
+            let xml = domain_xml(&arguments, &resources, &facts("pc-q35-10.0"));
             prop_assert!(read_identity(xml.as_bytes()).is_ok(), "{}", xml);
         }
     }

@@ -405,3 +405,21 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_lay_in_the_guests_old_directory_moves_and_other_files_stay() {
+    let line = restored(
+        "-machine pc-i440fx-10.0 -display none -chardev socket,id=vmstow-qmp,path=/run/old/qmp.sock,server=on \
+         -mon chardev=vmstow-qmp,mode=control -chardev pty,id=c0,logfile=/run/old/serial0.log,logappend=on \
+         -chardev socket,id=chrtpm0,path=/run/old/tpm0.swtpm -vnc unix:/run/old/vnc.sock \
+         -chardev file,id=c1,path=/run/older/x,append=on",
+    );
+    assert_eq!(
+        line,
+        format!(
+            "{PLAIN} -chardev pty,id=c0,logfile=/run/g/serial0.log,logappend=on \
+             -chardev socket,id=chrtpm0,path=/run/g/tpm0.swtpm -vnc unix:/run/g/vnc.sock \
+             -chardev file,id=c1,path=/run/older/x,append=on"
+        )
+    );
+}
