@@ -12,7 +12,7 @@ const LINES: [&[&str]; 7] = [
     &["main"],
     &["cli"],
     &["relocate"],
-    &["save", "restore", "transfer", "convert", "inspect"],
+    &["run", "save", "restore", "transfer", "convert", "inspect"],
     &["image", "pipeline", "supervise"],
     &["container", "stream", "config", "qmp", "store", "host"],
     &["error", "progress", "units", "bytes", "codec", "digest"],

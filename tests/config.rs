@@ -140,7 +140,7 @@ fn xml(words: &[&str], machine_type: &str, uuid: Option<&str>) -> String {
         directory: "/srv/vm".into(),
     };
     let arguments = Arguments::parse(words).unwrap();
-    domain_xml(&arguments, &table(words, machine_type), &facts).unwrap()
+    domain_xml(&arguments, &table(words, machine_type), &facts)
 }
 
 /// `kind id → type path` a line.

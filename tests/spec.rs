@@ -336,6 +336,10 @@ fn manifests_are_as_the_schema_says() {
     }
     let mut full = full_manifest();
     full.guest.ran_on = true;
+    full.guest.has_own_xml = true;
+    let side =
+        serde_json::json!([{ "name": "tpm0", "argv": ["swtpm"], "socket": "/s", "state": "/t" }]);
+    full.qemu.side_programs = serde_json::from_value(side).unwrap();
     let full = serde_json::to_value(full).unwrap();
     assert_eq!(unused(&schema, &full, "manifest"), Vec::<String>::new());
 }

@@ -54,6 +54,9 @@ impl Host {
             dir,
             image: None,
             inherit: Vec::new(),
+            side: Vec::new(),
+            environment: Vec::new(),
+            xml: None,
         };
         launch(request).expect("QEMU (Debian package qemu-system-x86)")
     }
@@ -136,6 +139,9 @@ fn a_program_that_is_not_there_leaves_no_directory() {
         dir: host.runtime.create_guest("web").unwrap(),
         image: None,
         inherit: Vec::new(),
+        side: Vec::new(),
+        environment: Vec::new(),
+        xml: None,
     };
     assert!(matches!(launch(request), Err(SuperviseError::Spawn { .. })));
     assert!(host.runtime.guests().unwrap().is_empty());
@@ -200,6 +206,9 @@ fn a_descriptor_is_inherited_under_its_number() {
         dir,
         image: None,
         inherit: vec![writer.into()],
+        side: Vec::new(),
+        environment: Vec::new(),
+        xml: None,
     };
     let _guest = launch(request).unwrap();
     let mut text = String::new();

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::config::{ConfigError, Explanation, explain};
+use crate::config::{ConfigError, Explanation, Unmodelled, explain};
 use crate::container::ContainerError;
 use crate::error::{Error, ErrorKind};
 use crate::host::HostError;
@@ -10,6 +10,7 @@ use crate::image::ImageError;
 use crate::pipeline::PipelineError;
 use crate::qmp::QmpError;
 use crate::restore::{RestoreError, ServeError};
+use crate::run::RunError;
 use crate::save::SaveError;
 use crate::store::StoreError;
 use crate::stream::StreamError;
@@ -21,6 +22,9 @@ pub fn headline(error: &Error, image: Option<&str>) -> String {
         Some("-") | None => "the image",
         Some(image) => image,
     };
+    if let Some(ConfigError::Unsupported { .. }) = error.downcast_ref() {
+        return format!("no guest can be made of the domain XML in {image}");
+    }
     match container_error(error) {
         Some(ContainerError::NoFooter { .. } | ContainerError::TooShort { .. }) => {
             format!("{image} is not complete: {error}")
@@ -68,6 +72,9 @@ pub fn place(error: &Error) -> Option<String> {
 
 /// The lines behind `why:`.
 pub fn facts(error: &Error) -> Vec<String> {
+    if let Some(ConfigError::Unsupported { elements }) = error.downcast_ref() {
+        return elements.iter().map(unsupported).collect();
+    }
     let mut facts = error.facts();
     for cause in error.causes().map(ToString::to_string) {
         if !facts.contains(&cause) {
@@ -85,6 +92,14 @@ fn explanations(error: &Error) -> Vec<Explanation> {
         (Some(RestoreError::QemuGaveUp { words, .. }), _) => explain(words),
         (_, Some(SuperviseError::EarlyExit { log, .. })) => explain(log),
         _ => Vec::new(),
+    }
+}
+
+/// What stands in domain XML and cannot be honoured, with what to do about it.
+fn unsupported(element: &Unmodelled) -> String {
+    match &element.try_ {
+        Some(advice) => format!("{element}: {advice}"),
+        None => element.to_string(),
     }
 }
 
@@ -108,6 +123,12 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     if let Some(advice) = error.downcast_ref().and_then(restore_advice) {
         return Some(advice);
     }
+    if let Some(advice) = error.downcast_ref().and_then(run_advice) {
+        return Some(advice.to_owned());
+    }
+    if let Some(advice) = error.downcast_ref().and_then(supervise_advice) {
+        return Some(advice.to_owned());
+    }
     if let Some(advice) = container_error(error).and_then(|error| container_advice(error, image)) {
         return Some(advice);
     }
@@ -125,6 +146,7 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
         (Some(HostError::NoQemu { .. }), ..) => {
             "install QEMU (Debian: qemu-system-x86), or name one with --qemu"
         }
+        (Some(HostError::NoProgram { program, .. }), ..) => return Some(install(program)),
         (Some(HostError::NoQemuImg), ..) => "install it (Debian: qemu-utils)",
         (Some(HostError::NoOverlay { words, .. }), ..) if words.contains("lock") => {
             "end that guest, or give this one a copy of the disk with --remap disk:ID=PATH"
@@ -226,6 +248,39 @@ fn save_advice(error: &SaveError) -> Option<String> {
         SaveError::NotASource { .. } => "vmstow save qmp:/path/to/monitor.sock IMAGE".to_owned(),
         _ => return None,
     })
+}
+
+/// Where a program that works for guests comes from.
+fn install(program: &str) -> String {
+    let name = program.rsplit('/').next().unwrap_or(program);
+    format!("install it (Debian: {name})")
+}
+
+fn run_advice(error: &RunError) -> Option<&'static str> {
+    match error {
+        RunError::NameTaken { .. } => Some("give this one another name with --name"),
+        RunError::OwnArguments { .. } => {
+            Some("give --trust if you trust whoever wrote them, or take them out")
+        }
+        RunError::Untrusted { .. } => Some(
+            "if you trust whoever made the image, give --trust; else give each resource with --remap",
+        ),
+        RunError::NoTemplate { .. } => Some("name one with <nvram template='…'>"),
+        _ => None,
+    }
+}
+
+fn supervise_advice(error: &SuperviseError) -> Option<&'static str> {
+    match error {
+        SuperviseError::NotAConsole { .. } => Some(
+            "give the port a backend that one can connect to: <serial type='pty'/>, or --remap chardev:ID=pty",
+        ),
+        SuperviseError::ConsoleInUse { .. } => Some("end the other connection"),
+        SuperviseError::GuestEnded { .. } => {
+            Some("`vmstow list` shows the guests that vmstow runs")
+        }
+        _ => None,
+    }
 }
 
 fn serve_advice(error: &ServeError) -> Option<&'static str> {

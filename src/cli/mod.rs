@@ -3,6 +3,7 @@
 //! Answers go to stdout, everything else to stderr through `Ui`. Nobody imports this module but `main`.
 
 mod completion;
+mod console;
 mod convert;
 mod demo;
 mod devices;
@@ -11,8 +12,10 @@ mod explain;
 mod hint;
 mod inspect;
 mod list;
+mod monitor;
 mod repair;
 mod restore;
+mod run;
 mod save;
 mod stop;
 mod ui;
@@ -48,6 +51,7 @@ Exit codes:
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(run::RunArgs),
     Save(save::SaveArgs),
     Restore(restore::RestoreArgs),
     Convert(convert::ConvertArgs),
@@ -57,6 +61,8 @@ enum Command {
     List(list::ListArgs),
     Stop(stop::StopArgs),
     Explain(explain::ExplainArgs),
+    Console(console::ConsoleArgs),
+    Monitor(monitor::MonitorArgs),
     Doctor(doctor::DoctorArgs),
     Demo(demo::DemoArgs),
     Completion(completion::CompletionArgs),
@@ -67,6 +73,11 @@ enum Command {
     /// Holds a monitor of a lazily restored guest; started by `vmstow restore` itself.
     #[command(name = "__keeper", hide = true)]
     Keeper {
+        directory: PathBuf,
+    },
+    /// Attends to the programs that work for a guest beside QEMU; started by `vmstow` itself.
+    #[command(name = "__attend", hide = true)]
+    Attend {
         directory: PathBuf,
     },
     /// Gives a lazily restored guest its memory; started by `vmstow restore` itself.
@@ -99,6 +110,7 @@ pub fn main() -> ExitCode {
     match &cli.command {
         Command::Guardian => return crate::supervise::run_guardian(),
         Command::Keeper { directory } => return crate::supervise::run_keeper(directory),
+        Command::Attend { directory } => return crate::supervise::run_attendant(directory),
         Command::Serve { recover, directory } => {
             return crate::restore::run_server(directory, *recover);
         }
@@ -110,6 +122,7 @@ pub fn main() -> ExitCode {
     }
     let ui = Ui::new(&cli.output);
     let done = match cli.command {
+        Command::Run(args) => run::run(args, &ui),
         Command::Save(args) => save::run(args, &ui),
         Command::Restore(args) => restore::run(args, &ui),
         Command::Convert(args) => convert::run(&args, &ui),
@@ -119,6 +132,8 @@ pub fn main() -> ExitCode {
         Command::List(args) => list::run(&args, &ui),
         Command::Stop(args) => stop::run(&args, &ui),
         Command::Explain(args) => explain::run(&args, &ui),
+        Command::Console(args) => console::run(&args, &ui),
+        Command::Monitor(args) => monitor::run(&args, &ui),
         Command::Doctor(args) => doctor::run(&args, &ui),
         Command::Demo(args) => demo::run(&args, &ui),
         Command::Completion(args) => completion::run(&args, Cli::command()),
@@ -126,6 +141,7 @@ pub fn main() -> ExitCode {
         Command::Guardian
         | Command::Verifier(_)
         | Command::Keeper { .. }
+        | Command::Attend { .. }
         | Command::Serve { .. } => Ok(ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|failure| ui.fail(&failure))

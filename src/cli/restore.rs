@@ -165,7 +165,8 @@ Examples:
   vmstow restore web01.stow --throwaway --count 4
   ssh host cat web01.stow | vmstow restore - --trust";
 
-fn remap(text: &str) -> Result<Remap, String> {
+/// A remap as an argument; paths in it are made absolute.
+pub(super) fn remap(text: &str) -> Result<Remap, String> {
     let parsed: Result<Remap, ConfigError> = text.parse();
     let mut remap = parsed.map_err(|error| error.to_string())?;
     // The guest's own relative paths start where its QEMU was started; what the user names starts here.
@@ -492,7 +493,7 @@ fn stay(mut guest: RunningGuest, ui: &Ui) -> Outcome {
 }
 
 /// The words of a command as a POSIX shell takes them, one option a line.
-fn shell_words(command: &[String]) -> String {
+pub(super) fn shell_words(command: &[String]) -> String {
     let is_plain = |word: &str| {
         !word.is_empty()
             && word

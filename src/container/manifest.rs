@@ -82,6 +82,9 @@ pub struct Guest {
     /// the image.
     #[serde(default, skip_serializing_if = "is_false")]
     pub ran_on: bool,
+    /// Whether the domain XML is what the guest was started from, and not made from its arguments.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub has_own_xml: bool,
     /// Members this version does not know.
     #[serde(flatten)]
     pub other: Other,
@@ -111,6 +114,26 @@ pub struct Qemu {
     /// That user's name, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
+    /// What worked for the guest beside QEMU and is started anew with it: the emulator of its TPM, for instance.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub side_programs: Vec<SideProgram>,
+    /// Members this version does not know.
+    #[serde(flatten)]
+    pub other: Other,
+}
+
+/// A program that worked for the guest beside QEMU, which was connected to it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SideProgram {
+    /// What it was for: `tpm0`.
+    pub name: String,
+    /// The program and its arguments, `socket` and `state` in them as they stand here.
+    pub argv: Vec<String>,
+    /// The unix socket on which it listened, which the argument vector of QEMU names too.
+    pub socket: String,
+    /// The directory of what it keeps, if it keeps anything. The stream holds all of that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<String>,
     /// Members this version does not know.
     #[serde(flatten)]
     pub other: Other,

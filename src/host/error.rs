@@ -104,6 +104,30 @@ pub enum HostError {
         /// The words of qemu-img.
         words: String,
     },
+    /// A QEMU that runs no guest did not answer a question.
+    #[error("{} did not answer {command}", path.display())]
+    NotAnswered {
+        /// The binary.
+        path: PathBuf,
+        /// The QMP command.
+        command: String,
+        /// QEMU's words.
+        words: String,
+    },
+    /// Nothing tells where what has to last is to be kept.
+    #[error("there is no place for {what}: neither XDG_STATE_HOME nor HOME is set")]
+    NoHome {
+        /// What was to be kept.
+        what: &'static str,
+    },
+    /// A program that works for a guest is not on this host.
+    #[error("{program} is not on this host, which this guest needs for its {what}")]
+    NoProgram {
+        /// The program.
+        program: String,
+        /// What of the guest it works for: `tpm0`.
+        what: String,
+    },
     /// A binary that does not answer as QEMU does.
     #[error("{} {argument} did not answer as QEMU does: {answer:?}", path.display())]
     NotQemu {
@@ -141,7 +165,9 @@ impl Blame for HostError {
 
     fn facts(&self) -> Vec<String> {
         match self {
-            HostError::NoOverlay { words, .. } => words.lines().map(str::to_owned).collect(),
+            HostError::NoOverlay { words, .. } | HostError::NotAnswered { words, .. } => {
+                words.lines().map(str::to_owned).collect()
+            }
             _ => Vec::new(),
         }
     }

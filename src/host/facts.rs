@@ -194,7 +194,7 @@ pub fn find_qemu() -> Result<PathBuf, HostError> {
 }
 
 /// The first program of that name in `PATH`.
-pub(super) fn find_program(name: &str) -> Option<PathBuf> {
+pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let mut candidates = env::split_paths(&path).map(|directory| directory.join(name));
     candidates.find(|candidate| is_program(candidate))

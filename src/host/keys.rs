@@ -162,19 +162,24 @@ pub fn public_key_path() -> Option<PathBuf> {
     state_directory().map(|directory| directory.join("signing_key.pub"))
 }
 
-fn state_directory() -> Option<PathBuf> {
+/// Where this program keeps what has to last.
+pub(super) fn state_directory() -> Option<PathBuf> {
     directory_of("XDG_STATE_HOME", ".local/state")
 }
 
 /// Where this program keeps something: below what `variable` says, else below the home directory.
 pub(super) fn directory_of(variable: &str, below_home: &str) -> Option<PathBuf> {
+    Some(below(variable, below_home)?.join("vmstow"))
+}
+
+/// The directory that `variable` names, else the one of that name below the home directory.
+pub(super) fn below(variable: &str, below_home: &str) -> Option<PathBuf> {
     let absolute = |name: &str| {
         std::env::var_os(name)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
-    let base = absolute(variable).or_else(|| absolute("HOME").map(|home| home.join(below_home)))?;
-    Some(base.join("vmstow"))
+    absolute(variable).or_else(|| absolute("HOME").map(|home| home.join(below_home)))
 }
 
 fn load(path: &Path) -> Result<Option<SigningKey>, KeyError> {

@@ -1,13 +1,16 @@
 //! What this machine is and has: processes, QEMU binaries, files, the runtime directory.
 //!
 //! Facts in, no decisions out: whether a fact is good enough for a save or a restore is the stories' business. Nothing
-//! here talks to a monitor.
+//! here talks to the monitor of a guest.
 
 pub mod keys;
 
+mod emulator;
 mod error;
 mod facts;
 mod facts_cache;
+mod firmware;
+mod lasting;
 mod memory;
 mod monitor;
 mod overlays;
@@ -16,13 +19,19 @@ mod process_memory;
 mod runtime;
 mod userfault;
 
+pub use emulator::{CpuExpansion, expand_cpu};
 pub use error::HostError;
 pub use facts::{
     FileIdentity, MachineName, QEMU_BINARY, QemuFacts, Userfaultfd, Version, file_digest,
-    file_digest_while, find_qemu, free_space, is_kvm_accessible, qemu_version, userfaultfd,
+    file_digest_while, find_program, find_qemu, free_space, is_kvm_accessible, qemu_version,
+    userfaultfd,
 };
+pub use firmware::{FirmwareDescriptor, firmware_descriptors};
+pub use lasting::{Lasting, make_from_template, make_private_directory};
 pub use memory::{available_memory, resident_bytes};
-pub use monitor::{Monitor, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets};
+pub use monitor::{
+    Monitor, has_listener, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets,
+};
 pub use overlays::{OverlayRoot, Overlays, is_throwaway};
 pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock, has_userfaultfd};
 pub use process_memory::{Backing, MOST_SLICES, ProcessMemory};

@@ -97,6 +97,16 @@ pub fn listeners_of(socket: &Path) -> Result<Vec<i32>, HostError> {
     Ok(pids)
 }
 
+/// Whether somebody listens on a unix socket that was bound by its absolute path, be it one that we may not look at.
+pub fn has_listener(socket: &Path) -> bool {
+    let wanted = resolved(socket);
+    let entries = listening_sockets().unwrap_or_default();
+    let mut names = entries
+        .iter()
+        .filter(|it| it.path.file_name() == wanted.file_name());
+    names.any(|entry| entry.path.is_absolute() && resolved(&entry.path) == wanted)
+}
+
 /// The QEMU that listens on a unix socket; the first listener if none looks like a QEMU.
 ///
 /// # Errors

@@ -30,21 +30,25 @@ pub struct GuestDir {
 }
 
 impl RuntimeDir {
-    /// Opens the runtime directory, and makes it if need be: `$VMSTOW_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/vmstow`,
-    /// else `/run/vmstow` for root, else `/tmp/vmstow-UID`.
+    /// Opens the runtime directory, and makes it if need be: that of [`RuntimeDir::usual_path`].
     ///
     /// # Errors
     /// As [`RuntimeDir::at`].
     pub fn open() -> Result<Self, HostError> {
+        RuntimeDir::at(&RuntimeDir::usual_path())
+    }
+
+    /// Where the runtime directory is: `$VMSTOW_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/vmstow`, else `/run/vmstow` for root,
+    /// else `/tmp/vmstow-UID`. Nothing is looked at or made.
+    pub fn usual_path() -> PathBuf {
         let given = |name| env::var_os(name).filter(|value| !value.is_empty());
         let uid = geteuid().as_raw();
-        let path = match (given("VMSTOW_RUNTIME_DIR"), given("XDG_RUNTIME_DIR")) {
+        match (given("VMSTOW_RUNTIME_DIR"), given("XDG_RUNTIME_DIR")) {
             (Some(path), _) => PathBuf::from(path),
             (None, Some(path)) => PathBuf::from(path).join("vmstow"),
             (None, None) if uid == 0 => PathBuf::from("/run/vmstow"),
             (None, None) => PathBuf::from(format!("/tmp/vmstow-{uid}")),
-        };
-        RuntimeDir::at(&path)
+        }
     }
 
     /// Opens this directory, and makes it with mode 0700 if need be.
@@ -217,6 +221,31 @@ impl GuestDir {
     /// Where it is noted who verifies its image while it runs.
     pub fn verifier(&self) -> PathBuf {
         self.path.join("verifier.json")
+    }
+
+    /// The libvirt domain XML that it was started from, complete; guests that were not started from any have none.
+    pub fn domain_xml(&self) -> PathBuf {
+        self.path.join("domain.xml")
+    }
+
+    /// Which programs work for it besides QEMU.
+    pub fn side_programs(&self) -> PathBuf {
+        self.path.join("side.json")
+    }
+
+    /// Who ends these programs when QEMU has ended.
+    pub fn attendant(&self) -> PathBuf {
+        self.path.join("attendant.json")
+    }
+
+    /// Where such a program listens for QEMU.
+    pub fn side_socket(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}.sock"))
+    }
+
+    /// What such a program prints.
+    pub fn side_messages(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}.messages"))
     }
 
     /// Where the directory of its throwaway overlays is named, if it has any.

@@ -7,6 +7,7 @@ use std::path::Path;
 use rustix::fs::Access;
 
 use super::plan::resource;
+use super::side;
 use crate::config::compat::{FileFact, Fingerprint, GuestNeeds, HostFacts, QemuVersion};
 use crate::config::{Arguments, Resource, ResourceKind, ResourceTable};
 use crate::container::Manifest;
@@ -21,6 +22,11 @@ pub fn needs(manifest: &Manifest, arguments: &[String]) -> Result<GuestNeeds> {
     resources
         .resources
         .extend(backing_files(manifest, &resources));
+    let programs = &manifest.qemu.side_programs;
+    resources.resources.retain(|one| {
+        let path = one.backend.path.as_deref();
+        !path.is_some_and(|path| side::is_own_socket(programs, path))
+    });
     Ok(GuestNeeds {
         machine_type: machine.machine_type.clone(),
         qemu_version: version(&manifest.qemu.version),

@@ -20,6 +20,7 @@ mod lazy;
 mod mapped;
 mod placing;
 mod plan;
+mod side;
 
 use std::fs::File;
 use std::io::Read;
@@ -133,10 +134,11 @@ pub fn restore<R: Read>(
         (Origin::Pipe(_), Some(_)) => return Err(piped_and_lazy(plan)),
         (_, None) => {}
     }
+    let mut xml = None;
     let page_map = match &origin {
         Origin::Image(image) => {
             // The guest could do without it, but nothing of a damaged image is restored.
-            image.image().xml()?;
+            xml = Some(image.image().xml()?);
             match plan.mapping() {
                 // Reading it would take the longer the more memory the guest has.
                 Some(_) => None,
@@ -157,7 +159,9 @@ pub fn restore<R: Read>(
         verified.map_err(|error| with_pages(error, image))?;
     }
     let start = Instant::now();
-    let mut guest = supervise::launch(plan.launch(file.as_ref())?)?;
+    let mut launch = plan.launch(file.as_ref())?;
+    launch.xml = xml.filter(|_| plan.keeps_xml());
+    let mut guest = supervise::launch(launch)?;
     match load_and_run(plan, origin, page_map, file, &mut guest, progress) {
         Ok((state, given)) => {
             let mut report = report(&guest, start, state, given.stream_bytes, given.way);
@@ -181,7 +185,7 @@ fn restore_lazily(
         return Err(piped_and_lazy(plan));
     }
     let guest = plan.name().to_owned();
-    image.image().xml()?;
+    let xml = image.image().xml()?;
     let why = "its image has no page map";
     let page_map = image.image().page_map()?;
     let page_map = page_map.ok_or(RestoreError::NotLazy { guest, why })?;
@@ -189,7 +193,9 @@ fn restore_lazily(
     loop {
         attempts -= 1;
         let start = Instant::now();
-        let mut guest = supervise::launch(plan.launch(None)?)?;
+        let mut launch = plan.launch(None)?;
+        launch.xml = plan.keeps_xml().then(|| xml.clone());
+        let mut guest = supervise::launch(launch)?;
         let loaded = lazy::load_and_run(plan, image, &page_map, request, &mut guest, progress);
         match loaded {
             Ok(state) => {

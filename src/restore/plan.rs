@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::check;
 use super::lazy::LazyRequest;
+use super::side;
 use super::{Mapping, RestoreError, RestoreRequest};
 use crate::config::compat::{Finding, Level, QemuVersion};
 use crate::config::foreign::{foreign, open_networks};
@@ -49,6 +50,8 @@ pub struct Plan {
     throwaway: Option<(OverlayRoot, Vec<Base>)>,
     /// For clones, which get backends of their own: the user's remaps.
     isolation: Option<Vec<Remap>>,
+    /// Whether the guest gets its own name and resources.
+    is_as_saved: bool,
     notes: Vec<String>,
     warnings: Vec<Finding>,
     accept_changed_disks: bool,
@@ -103,6 +106,10 @@ impl Plan {
             remaps,
             throwaway: None,
             isolation: request.clones.map(|_| request.remaps.clone()),
+            is_as_saved: request.remaps.is_empty()
+                && request.name.is_none()
+                && !request.throwaway
+                && request.clones.is_none(),
             notes: Vec::new(),
             warnings: Vec::new(),
             accept_changed_disks: request.accept_changed_disks,
@@ -114,7 +121,7 @@ impl Plan {
             mapped_blocks: Vec::new(),
             manifest,
         };
-        let arguments = plan.arguments_at(Path::new("/nonexistent"), &[])?;
+        let arguments = plan.arguments_at(Path::new(side::PLACE), &[])?;
         plan.choose_mapped_blocks(&arguments)?;
         if !is_trusted {
             plan.refuse_foreign_resources(&arguments, trust, request)?;
@@ -152,6 +159,11 @@ impl Plan {
     /// The RAMBlocks that QEMU maps from the image.
     pub(super) fn mapped_blocks(&self) -> &[String] {
         &self.mapped_blocks
+    }
+
+    /// Whether the image's XML is what the guest was started from, and tells of it as it is restored.
+    pub(super) fn keeps_xml(&self) -> bool {
+        self.manifest.guest.has_own_xml && self.is_as_saved
     }
 
     /// What may go wrong although nothing speaks against a restore.
@@ -227,7 +239,13 @@ impl Plan {
             return Ok(None);
         };
         let machine_type = &self.manifest.machine.machine_type;
-        let is_named = |one: &Resource| remaps.iter().any(|remap| remap.selects(one));
+        // Each has programs of its own beside QEMU.
+        let is_side = |one: &Resource| {
+            let mut programs = self.manifest.qemu.side_programs.iter();
+            programs.any(|program| one.backend.path.as_ref() == Some(&program.socket))
+        };
+        let is_named =
+            |one: &Resource| is_side(one) || remaps.iter().any(|remap| remap.selects(one));
         let directory = directory.display().to_string();
         Ok(Some(isolate(
             &self.kept,
@@ -300,12 +318,17 @@ impl Plan {
                 return Err(error);
             }
         };
+        let is_passing = self.isolation.is_some() || self.throwaway.is_some();
+        let side = side::programs_at(&self.manifest.qemu.side_programs, dir.path(), is_passing);
         Ok(Launch {
             argv: command.into_iter().map(Into::into).collect(),
             cwd: self.cwd.clone(),
             dir,
             image: self.image.clone(),
             inherit: image.into_iter().map(OwnedFd::from).collect(),
+            side,
+            environment: Vec::new(),
+            xml: None,
         })
     }
 
@@ -327,7 +350,7 @@ impl Plan {
 
     /// Finds what throwaway overlays have to be laid over, and refuses clones without them that would share a disk.
     fn look_at_disks(&mut self, arguments: &[String], request: &RestoreRequest) -> Result<()> {
-        if let Some(isolated) = self.isolated_at(Path::new("/nonexistent"))? {
+        if let Some(isolated) = self.isolated_at(Path::new(side::PLACE))? {
             self.notes = isolated.notes;
         }
         let machine_type = &self.manifest.machine.machine_type;
@@ -380,7 +403,7 @@ impl Plan {
         {
             return Err(RestoreError::HeadDiffers { guest }.into());
         }
-        let arguments = self.arguments_at(Path::new("/nonexistent"), &[])?;
+        let arguments = self.arguments_at(Path::new(side::PLACE), &[])?;
         let needs = check::needs(&manifest, &arguments)?;
         let facts = check::host_facts(&self.qemu, &needs, &self.cwd);
         let mut findings = crate::config::compat::check(&needs, &facts);
@@ -409,6 +432,7 @@ impl Plan {
             is_ours || request.remaps.iter().any(|remap| remap.names(name))
         };
         let mut resources = foreign(&arguments, &is_named);
+        resources.extend(side::shown(&self.manifest.qemu.side_programs));
         resources.extend(open_networks(&arguments, &|nic| {
             request.remaps.iter().any(|remap| match nic {
                 Some(nic) => remap.selects(nic),

@@ -16,7 +16,7 @@ use crate::config::{
     self, Arguments, ConfigError, ResourceKind, ResourceTable, RestoreContext, restore_arguments,
 };
 use crate::container::manifest::{
-    DeviceSection, Fingerprint, Guest, Machine, Manifest, Qemu, RamBlock, Resource,
+    DeviceSection, Fingerprint, Guest, Machine, Manifest, Qemu, RamBlock, Resource, SideProgram,
     StreamSummary as StreamFacts, Tool,
 };
 use crate::error::Result;
@@ -25,6 +25,7 @@ use crate::pipeline::PipelineError;
 use crate::progress::Progress;
 use crate::qmp::{QmpClient, QomProperty, RunState};
 use crate::stream::StreamSummary;
+use crate::supervise;
 
 /// Everything about a guest that its image keeps besides its stream.
 #[derive(Debug, Clone)]
@@ -53,6 +54,10 @@ pub struct Description {
     unnamed_device_count: usize,
     /// SHA-256 of QEMU's binary; `None` if it cannot be read.
     binary_sha256: Option<String>,
+    /// The domain XML that it was started from, if it is a guest of ours that was started from one.
+    own_xml: Option<String>,
+    /// What works for it beside QEMU, if it is a guest of ours.
+    side_programs: Vec<SideProgram>,
 }
 
 impl Description {
@@ -78,7 +83,14 @@ impl Description {
         let device_ids = children(qmp, "/machine/peripheral")?;
         let unnamed_device_count = children(qmp, "/machine/peripheral-anon")?.len();
         let name = qmp.query_name()?.unwrap_or_else(|| format!("guest-{pid}"));
+        let dir = supervise::directory_of(process.id);
+        let side_programs = match &dir {
+            Some(dir) => supervise::side_programs_of(dir)?,
+            None => Vec::new(),
+        };
         Ok(Description {
+            own_xml: dir.and_then(|dir| std::fs::read_to_string(dir.domain_xml()).ok()),
+            side_programs: side_programs.iter().filter_map(kept_program).collect(),
             name,
             uuid: qmp.query_uuid()?,
             memory_bytes: memory.base_memory + memory.plugged_memory,
@@ -236,6 +248,9 @@ impl Description {
 
     /// Its libvirt domain XML.
     pub fn domain_xml(&self) -> String {
+        if let Some(xml) = &self.own_xml {
+            return xml.clone();
+        }
         let facts = DomainFacts {
             name: self.name.clone(),
             uuid: self.uuid,
@@ -269,6 +284,7 @@ impl Description {
                 run_state: self.run_state.to_string(),
                 was_running: self.was_running,
                 ran_on: self.was_running && runs_on,
+                has_own_xml: self.own_xml.is_some(),
                 other: Default::default(),
             },
             qemu: self.qemu(),
@@ -302,6 +318,7 @@ impl Description {
             uid: self.process.uid,
             gid: self.process.gid,
             user: None,
+            side_programs: self.side_programs.clone(),
             other: Default::default(),
         }
     }
@@ -475,6 +492,11 @@ fn now() -> String {
 /// A resource as the manifest keeps it; both are the same JSON.
 fn kept(resource: &config::Resource) -> Option<Resource> {
     serde_json::from_value(serde_json::to_value(resource).ok()?).ok()
+}
+
+/// A program beside QEMU as the manifest keeps it; both are the same JSON.
+fn kept_program(program: &supervise::SideProgram) -> Option<SideProgram> {
+    serde_json::from_value(serde_json::to_value(program).ok()?).ok()
 }
 
 /// The digest of the binary that a process runs, also when its file was replaced since.

@@ -100,6 +100,24 @@ pub enum SuperviseError {
     /// A process of ours that works for a guest did not do so.
     #[error(transparent)]
     Side(#[from] Failed),
+    /// A program that works for a guest beside QEMU ended at once.
+    #[error("{program} ended at its start ({status})")]
+    SideProgramEnded {
+        /// The program.
+        program: String,
+        /// How it ended, in the words of the standard library: `exit status: 1`.
+        status: String,
+        /// Its last words.
+        words: String,
+    },
+    /// A program that works for a guest beside QEMU runs, but does not listen for QEMU.
+    #[error("{program} does not listen for QEMU")]
+    SideProgramSilent {
+        /// The program.
+        program: String,
+        /// Its last words.
+        words: String,
+    },
     /// It ended without a word.
     #[error("a process that works for the guest ended before its work")]
     SideEnded,
@@ -111,6 +129,40 @@ pub enum SuperviseError {
     NotRecovered {
         /// QEMU's words.
         words: String,
+    },
+    /// A guest has not so many serial ports.
+    #[error("{guest} has no serial port {number}{}", counted(*count))]
+    NoSerialPort {
+        /// The guest.
+        guest: String,
+        /// The port, from 0.
+        number: usize,
+        /// How many it has.
+        count: usize,
+    },
+    /// A serial port leads to something that one cannot connect to.
+    #[error("nobody can connect to serial port {number} of {guest}: it is of type {backend}")]
+    NotAConsole {
+        /// The guest.
+        guest: String,
+        /// The port, from 0.
+        number: usize,
+        /// The type of its character device.
+        backend: String,
+    },
+    /// Somebody else is connected to a serial port.
+    #[error("somebody else is connected to serial port {number} of {guest}")]
+    ConsoleInUse {
+        /// The guest.
+        guest: String,
+        /// The port, from 0.
+        number: usize,
+    },
+    /// A guest's process is gone.
+    #[error("{guest} has ended")]
+    GuestEnded {
+        /// The guest.
+        guest: String,
     },
     /// Even SIGKILL did not end it.
     #[error("process {pid} did not end, not even by SIGKILL")]
@@ -127,13 +179,23 @@ fn quoted(log: &str) -> String {
     }
 }
 
+/// `; it has 2, counted from 0`
+fn counted(count: usize) -> String {
+    match count {
+        0 => String::new(),
+        count => format!("; it has {count}, counted from 0"),
+    }
+}
+
 impl Blame for SuperviseError {
     fn kind(&self) -> ErrorKind {
         match self {
             SuperviseError::Host(error) => error.kind(),
             SuperviseError::Qmp(error) => error.kind(),
             SuperviseError::Side(failed) => failed.kind(),
-            SuperviseError::EmptyArguments => ErrorKind::Usage,
+            SuperviseError::EmptyArguments | SuperviseError::NoSerialPort { .. } => {
+                ErrorKind::Usage
+            }
             SuperviseError::Instruction(_)
             | SuperviseError::NotReady { .. }
             | SuperviseError::GuardianGone(_) => ErrorKind::Failed,
@@ -154,6 +216,12 @@ impl Blame for SuperviseError {
         match self {
             SuperviseError::Side(failed) => failed.facts.clone(),
             SuperviseError::NotRecovered { words } => vec![words.clone()],
+            SuperviseError::SideProgramEnded { words, .. }
+            | SuperviseError::SideProgramSilent { words, .. }
+                if !words.is_empty() =>
+            {
+                vec![words.clone()]
+            }
             _ => Vec::new(),
         }
     }

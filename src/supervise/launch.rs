@@ -14,6 +14,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::setsid;
 use serde::{Deserialize, Serialize};
 
+use super::attendant::{SideProgram, start_attendant, wait_for_attendant};
 use super::error::SuperviseError;
 use crate::host::{GuestDir, ProcessId};
 use crate::qmp::{QmpClient, QmpError};
@@ -41,6 +42,12 @@ pub struct Launch {
     pub image: Option<PathBuf>,
     /// Descriptors that QEMU inherits under the numbers they have here.
     pub inherit: Vec<OwnedFd>,
+    /// What works for the guest beside QEMU: it is started before and ends after it.
+    pub side: Vec<SideProgram>,
+    /// Variables that QEMU's environment has besides ours.
+    pub environment: Vec<(String, String)>,
+    /// The domain XML that it is started from, complete.
+    pub xml: Option<String>,
 }
 
 /// `guest.json`: a guest of ours.
@@ -76,6 +83,7 @@ pub fn launch(request: Launch) -> Result<RunningGuest, SuperviseError> {
     let dir = request.dir.clone();
     let started = start(request);
     if started.is_err() {
+        wait_for_attendant(&dir);
         // The error that counts is the one of the start.
         let _ = dir.remove();
     }
@@ -86,12 +94,21 @@ fn start(request: Launch) -> Result<RunningGuest, SuperviseError> {
     let [program, arguments @ ..] = request.argv.as_slice() else {
         return Err(SuperviseError::EmptyArguments);
     };
+    if let Some(xml) = &request.xml {
+        let path = request.dir.domain_xml();
+        write_whole(&path, xml.as_bytes()).map_err(failed("write", &path))?;
+    }
+    let attendant = match request.side.as_slice() {
+        [] => None,
+        side => Some(start_attendant(&this_program()?, &request.dir, side)?),
+    };
     let log = open_log(&request.dir)?;
     let errors = log
         .try_clone()
         .map_err(failed("open", &request.dir.log()))?;
     let mut command = Command::new(program);
     command.args(arguments).current_dir(&request.cwd);
+    command.envs(request.environment);
     command.stdin(Stdio::null()).stdout(log).stderr(errors);
     leave_session(&mut command, request.inherit);
     let child = command.spawn().map_err(|source| SuperviseError::Spawn {
@@ -114,7 +131,14 @@ fn start(request: Launch) -> Result<RunningGuest, SuperviseError> {
         is_kept: false,
     };
     guest.note()?;
+    // Now it finds QEMU.
+    drop(attendant);
     Ok(guest)
+}
+
+/// The program whose hidden subcommands work for a guest: this one.
+fn this_program() -> Result<PathBuf, SuperviseError> {
+    std::env::current_exe().map_err(failed("find", Path::new("/proc/self/exe")))
 }
 
 /// Makes the child the leader of its own session, out of reach of our terminal, and keeps descriptors open for it.
@@ -226,6 +250,7 @@ impl RunningGuest {
     fn end(&mut self) -> Result<(), SuperviseError> {
         // It is our child and not waited for, so its id cannot have been reused, and `Child` knows if it was.
         let killed = self.child.kill().and_then(|()| self.child.wait());
+        wait_for_attendant(&self.dir);
         self.dir.remove()?;
         match killed {
             Ok(_) => Ok(()),
@@ -270,7 +295,8 @@ pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn tail(log: &Path) -> io::Result<String> {
+/// The last lines of a log.
+pub(super) fn tail(log: &Path) -> io::Result<String> {
     let mut file = File::open(log)?;
     let len = file.metadata()?.len();
     file.seek(SeekFrom::Start(len.saturating_sub(QUOTED_BYTES)))?;

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::time::{Duration, SystemTime};
 
+use super::attendant::wait_for_attendant;
 use super::error::SuperviseError;
 use super::launch::{GuestDescription, failed};
 use super::serving::{Phase, Serving};
@@ -32,6 +33,7 @@ pub fn list(runtime: &RuntimeDir) -> Result<GuestList, SuperviseError> {
             None if is_young(&dir) => {}
             Some(_) if is_cut_off(&dir) => found.cut_off.push(dir.name().to_owned()),
             _ => {
+                wait_for_attendant(&dir);
                 dir.remove()?;
                 found.cleaned.push(dir.name().to_owned());
             }
@@ -56,6 +58,17 @@ pub fn describe(dir: &GuestDir) -> Result<Option<GuestDescription>, SuperviseErr
     described
         .map(Some)
         .map_err(|source| SuperviseError::BadDescription { path, source })
+}
+
+/// The directory of the guest of ours whose QEMU this process is; `None` if it is no guest of ours.
+pub fn directory_of(process: ProcessId) -> Option<GuestDir> {
+    let path = RuntimeDir::usual_path();
+    let runtime = path.is_dir().then(|| RuntimeDir::at(&path).ok())??;
+    let mut guests = runtime.guests().ok()?.into_iter();
+    guests.find(|dir| {
+        let guest = describe(dir).ok().flatten();
+        guest.is_some_and(|guest| guest.process == process)
+    })
 }
 
 fn undescribed(dir: &GuestDir) -> Option<GuestDescription> {

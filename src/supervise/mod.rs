@@ -2,6 +2,7 @@
 //!
 //! What QEMU is started with is `config`'s business, why it is started the stories'.
 
+mod attendant;
 mod damage;
 mod error;
 mod guard;
@@ -9,19 +10,22 @@ mod guardian;
 mod keeper;
 mod launch;
 mod list;
+mod serial;
 mod serving;
 mod side_process;
 mod stop;
 mod undo;
 mod verifier;
 
+pub use attendant::{Attendant, SideProgram, run_attendant, side_programs_of, start_attendant};
 pub use damage::{Damage, damage_of, freeze};
 pub use error::SuperviseError;
 pub use guard::run as run_guardian;
 pub use guardian::{Guardian, GuardianInstruction, NodeIdentity, SUBCOMMAND, Then};
 pub use keeper::{ask_keeper, run_keeper, start_keeper};
 pub use launch::{GuestDescription, Launch, RunningGuest, launch};
-pub use list::{GuestList, describe, list};
+pub use list::{GuestList, describe, directory_of, list};
+pub use serial::{SerialPort, serial_port};
 pub use serving::{Phase, Serving};
 pub use side_process::{
     Failed, Said, SideProcess, detach, fall_silent, say_failed, say_ready,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
+use super::attendant::wait_for_attendant;
 use super::damage::damage_of;
 use super::error::SuperviseError;
 use super::list::describe;
@@ -59,6 +60,7 @@ pub fn stop(
             Err(error) => return Err(error.into()),
         },
     };
+    wait_for_attendant(&dir);
     dir.remove()?;
     Ok(ended)
 }

@@ -38,6 +38,7 @@ pub fn full_manifest() -> Manifest {
             run_state: "running".into(),
             was_running: true,
             ran_on: false,
+            has_own_xml: false,
             other: other(),
         },
         qemu: Qemu {
@@ -50,6 +51,7 @@ pub fn full_manifest() -> Manifest {
             uid: 64055,
             gid: 64055,
             user: Some("libvirt-qemu".into()),
+            side_programs: Vec::new(),
             other: other(),
         },
         machine: Machine {
