@@ -12,7 +12,7 @@
 //! | [`config`] | the virtual machine as data: domain XML, QEMU arguments, what a host must offer |
 //! | [`qmp`] [`store`] [`host`] | the outside world: QEMU's monitor, where bytes live, this machine |
 //! | [`image`] [`pipeline`] [`supervise`] | an image of this host; threads; processes |
-//! | [`run`] [`save`] [`restore`] [`inspect`] | the stories |
+//! | [`run`] [`save`] [`restore`] [`convert`] [`configure`] [`inspect`] | the stories |
 //! | [`cli`] | arguments in, words out |
 //!
 //! A module may use those in the rows above it, never its neighbours; `tests/architecture.rs` holds that picture.
@@ -35,6 +35,7 @@ pub mod image;
 pub mod pipeline;
 pub mod supervise;
 
+pub mod configure;
 pub mod convert;
 pub mod inspect;
 pub mod restore;

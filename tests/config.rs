@@ -138,6 +138,7 @@ fn xml(words: &[&str], machine_type: &str, uuid: Option<&str>) -> String {
         accelerator: "tcg".into(),
         emulator: "/usr/bin/qemu-system-x86_64".into(),
         directory: "/srv/vm".into(),
+        places: Default::default(),
     };
     let arguments = Arguments::parse(words).unwrap();
     domain_xml(&arguments, &table(words, machine_type), &facts)
@@ -281,6 +282,9 @@ fn the_resource_table_is_this_json() {
   {
     "kind": "chardev",
     "id": "con",
+    "aliases": [
+      "s0"
+    ],
     "frontend": "isa-serial",
     "backend": {
       "type": "stdio",
@@ -391,7 +395,7 @@ fn the_domain_xml_of_a_guest_of_json_arguments() {
       <source file="/srv/db.raw"/>
       <target dev="vda" bus="virtio"/>
       <serial>S1</serial>
-      <boot order="2"/>
+      <boot order="1"/>
       <alias name="ua-vda"/>
       <address type="pci" domain="0x0000" bus="0x01" slot="0x00" function="0x0"/>
     </disk>
@@ -430,7 +434,6 @@ fn the_domain_xml_of_a_uefi_guest() {
   <metadata>
     <vmstow:unmodelled xmlns:vmstow="urn:vmstow:1">
       <vmstow:default-devices/>
-      <vmstow:property index="9">script=no,downscript=no</vmstow:property>
       <vmstow:argument index="6">-nographic</vmstow:argument>
     </vmstow:unmodelled>
   </metadata>
@@ -524,7 +527,8 @@ fn what_a_host_lacks_is_told_at_once() {
   {
     "code": "port.busy",
     "level": "refusal",
-    "fact": "display \"display0\": tcp:127.0.0.1:5907 is in use"
+    "fact": "display \"display0\": tcp:127.0.0.1:5907 is in use",
+    "fix": "--remap display:display0=unix:PATH"
   }
 ]
 "#);

@@ -335,6 +335,7 @@ fn manifests_are_as_the_schema_says() {
         );
     }
     let mut full = full_manifest();
+    full.remaps = vec!["disk:disk0=/srv/new.qcow2".into()];
     full.guest.ran_on = true;
     full.guest.has_own_xml = true;
     let side =

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::config::{ConfigError, Explanation, Unmodelled, explain};
+use crate::configure::ConfigureError;
 use crate::container::ContainerError;
 use crate::error::{Error, ErrorKind};
 use crate::host::HostError;
@@ -117,6 +118,10 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     if let Some(first) = explanations(error).into_iter().next() {
         return Some(first.remedy);
     }
+    let configure = error.downcast_ref();
+    if let Some(advice) = configure.and_then(|error| configure_advice(error, image)) {
+        return Some(advice);
+    }
     if let Some(advice) = error.downcast_ref().and_then(serve_advice) {
         return Some(advice.to_owned());
     }
@@ -164,6 +169,23 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
         _ => return image_advice(error, image).or_else(|| busy(error)),
     };
     Some(text.to_owned())
+}
+
+fn configure_advice(error: &ConfigureError, image: &str) -> Option<String> {
+    Some(match error {
+        ConfigureError::SeenByGuest { .. } => {
+            "leave these as they are; to change what the guest sees, change it while it runs and save it again".to_owned()
+        }
+        ConfigureError::NotCarried { .. } => {
+            "leave these as they are, and give the backend at the restore with --remap".to_owned()
+        }
+        ConfigureError::Torn { .. } => format!("vmstow repair {image}"),
+        ConfigureError::Pipe => "write it to a file first".to_owned(),
+        ConfigureError::Unknown { .. } => {
+            format!("`vmstow config {image} get` prints the XML, with --labels the labels")
+        }
+        _ => return None,
+    })
 }
 
 fn image_advice(error: &Error, image: &str) -> Option<String> {
@@ -304,13 +326,15 @@ fn restore_advice(error: &RestoreError) -> Option<String> {
             if fixes.is_empty() {
                 return None;
             }
-            let mut unique: Vec<String> = Vec::new();
-            fixes.into_iter().for_each(|fix| if !unique.contains(&fix) { unique.push(fix) });
-            format!("give {}", unique.join(" and "))
+            if findings.len() > 1 {
+                return Some("give the flag behind each reason that has one".to_owned());
+            }
+            format!("give {}", fixes.join(" and "))
         }
         RestoreError::NoDirectory { .. } => "make the directory; the guest's relative paths start there".to_owned(),
         RestoreError::QemuGaveUp { .. } | RestoreError::NotLoaded => "use the QEMU that the guest was saved from, or a newer one, with --qemu".to_owned(),
         RestoreError::NotMapped { .. } => "vmstow convert IMAGE OUT --layout mapped, then restore OUT; or restore without --map".to_owned(),
+        RestoreError::HeadDiffers { .. } => "its configuration was changed since the save: restore it without --trust, or from a file".to_owned(),
         RestoreError::MappedPipe => "write it to a file first, or restore without --map".to_owned(),
         RestoreError::NotStarted { source, .. } if source.to_string().contains("lock") => {
             "another QEMU uses this disk: end it, or give this guest a disk of its own with --remap disk:ID=PATH".to_owned()

@@ -3,6 +3,7 @@
 //! Answers go to stdout, everything else to stderr through `Ui`. Nobody imports this module but `main`.
 
 mod completion;
+mod config;
 mod console;
 mod convert;
 mod demo;
@@ -17,6 +18,7 @@ mod repair;
 mod restore;
 mod run;
 mod save;
+mod settings;
 mod stop;
 mod ui;
 mod verify;
@@ -57,6 +59,7 @@ enum Command {
     Convert(convert::ConvertArgs),
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
+    Config(config::ConfigArgs),
     Repair(repair::RepairArgs),
     List(list::ListArgs),
     Stop(stop::StopArgs),
@@ -128,6 +131,7 @@ pub fn main() -> ExitCode {
         Command::Convert(args) => convert::run(&args, &ui),
         Command::Inspect(args) => inspect::run(&args, &ui),
         Command::Verify(args) => verify::run(&args, &ui),
+        Command::Config(args) => config::run(args, &ui),
         Command::Repair(args) => repair::run(&args, &ui),
         Command::List(args) => list::run(&args, &ui),
         Command::Stop(args) => stop::run(&args, &ui),

@@ -9,9 +9,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use super::settings;
 use super::ui::{Ui, threads};
 use super::{About, Failure, Outcome};
-use crate::config::remap::{Selector, Target};
 use crate::config::{ConfigError, Remap};
 use crate::container::{ContainerError, Manifest};
 use crate::error::Error;
@@ -62,7 +62,7 @@ pub struct RestoreArgs {
     ///
     /// It is restored anew, as it was restored before, if it had not come so far that it could run.
     #[arg(long, value_name = "NAME", group = "late", conflicts_with_all = [
-        "image", "map", "paused", "qemu", "name", "remaps", "trust", "accept_changed_disks", "throwaway", "count",
+        "image", "map", "paused", "qemu", "name", "remaps", "remap_files", "trust", "accept_changed_disks", "throwaway", "count",
         "foreground", "dry_run", "print_command", "threads",
     ])]
     resume: Option<String>,
@@ -97,10 +97,18 @@ pub struct RestoreArgs {
 
     /// Give a resource another backend; the guest does not notice. May be given several times
     ///
-    /// disk:ID=PATH, disk:/old/prefix/=/new/, cdrom:ID=PATH|eject, net:ID=user|tap=NAME|bridge=NAME,
-    /// chardev:ID=file:PATH|unix:PATH|pty|null. `vmstow inspect` lists the ids; * means all.
+    /// disk:ID=[FORMAT:]PATH, disk:/old/prefix/=/new/, cdrom:ID=PATH|eject,
+    /// net:ID=user|tap=NAME|bridge=NAME|passt=SOCKET, chardev:ID=file:PATH|unix:PATH|pty|null,
+    /// display:ID=HOST:PORT|unix:PATH|none, firmware:ID=PATH, share:ID=PATH, tpm:ID=PATH.
+    /// `vmstow inspect` lists the ids; * means all. The last one for a resource counts.
     #[arg(long = "remap", value_name = "KIND:ID=TARGET", value_parser = remap)]
     remaps: Vec<Remap>,
+
+    /// Take remaps from a file, one a line; those of the command line count more. May be given several times
+    ///
+    /// Lines that begin with # are skipped. What config.toml says counts less.
+    #[arg(long = "remap-file", value_name = "FILE")]
+    remap_files: Vec<PathBuf>,
 
     /// Let the image use resources of this host although nobody you trust signed it
     #[arg(long)]
@@ -170,13 +178,8 @@ pub(super) fn remap(text: &str) -> Result<Remap, String> {
     let parsed: Result<Remap, ConfigError> = text.parse();
     let mut remap = parsed.map_err(|error| error.to_string())?;
     // The guest's own relative paths start where its QEMU was started; what the user names starts here.
-    if let Target::Path { path, .. } | Target::File(path) | Target::Unix(path) = &mut remap.target {
-        let absolute = std::path::absolute(&*path).map_err(|error| error.to_string())?;
-        let is_file = !path.contains(':') && !matches!(remap.selector, Selector::Prefix(_));
-        if let (true, Some(absolute)) = (is_file, absolute.to_str()) {
-            absolute.clone_into(path);
-        }
-    }
+    let here = std::env::current_dir().map_err(|error| error.to_string())?;
+    remap.start_paths_in(&here.display().to_string());
     Ok(remap)
 }
 
@@ -214,12 +217,15 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
         VerifyArg::Background => Verify::Background,
         VerifyArg::Quick => Verify::Quick,
     });
+    let mut remaps = settings::remaps(&args.remap_files)?;
+    remaps.extend(args.remaps);
     let mut request = RestoreRequest {
         image: image.clone(),
         qemu: args.qemu,
         name: args.name,
         paused: args.paused,
-        remaps: args.remaps,
+        remaps,
+        settings: settings::read()?,
         trust: args.trust,
         accept_changed_disks: args.accept_changed_disks,
         map: None,
@@ -242,6 +248,10 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
     }
     let is_trusted = request.trust && !args.lazy;
     let (manifest, trust, origin) = origin(&image, is_trusted, ui)?;
+    if let (false, Origin::Image(opened)) = (request.remaps.is_empty(), &origin) {
+        let xml = opened.image().xml().about(&image)?;
+        restore::call_disks_by_id(&mut request.remaps, &manifest, &xml).about(&image)?;
+    }
     if let Some(verify) = verify {
         request.map = Some(mapping(&origin, verify).about(&image)?);
     }
@@ -434,6 +444,12 @@ fn resumed_text(name: &str, act: &str, served: Option<&Serving>) -> String {
 
 /// Restores a guest anew as it was restored before.
 fn start_over(dir: &GuestDir, words: Vec<OsString>, cwd: PathBuf, waits: bool, ui: &Ui) -> Outcome {
+    // The paths among its words start there.
+    std::env::set_current_dir(&cwd).map_err(|source| StoreError::File {
+        act: "enter",
+        path: cwd.clone(),
+        source,
+    })?;
     let Some(args) = super::parse_restore(&words) else {
         return Err(ServeError::NoTask.into());
     };
@@ -441,11 +457,6 @@ fn start_over(dir: &GuestDir, words: Vec<OsString>, cwd: PathBuf, waits: bool, u
     if args.count.is_some() {
         return Err(RestoreError::CutOffClone { guest: name }.into());
     }
-    std::env::set_current_dir(&cwd).map_err(|source| StoreError::File {
-        act: "enter",
-        path: cwd.clone(),
-        source,
-    })?;
     dir.remove()?;
     let args = RestoreArgs {
         name: Some(name),

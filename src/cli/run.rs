@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::restore::{remap, shell_words};
+use super::settings;
 use super::ui::Ui;
 use super::{About, Outcome};
 use crate::config::Remap;
@@ -44,6 +45,10 @@ pub struct RunArgs {
     #[arg(long = "remap", value_name = "KIND:ID=TARGET", value_parser = remap)]
     remaps: Vec<Remap>,
 
+    /// Take remaps from a file, one a line; those of the command line count more. May be given several times
+    #[arg(long = "remap-file", value_name = "FILE")]
+    remap_files: Vec<PathBuf>,
+
     /// Use what the XML says to QEMU past libvirt (qemu:commandline), and the resources that an image names which nobody
     /// you trust signed
     #[arg(long)]
@@ -68,12 +73,15 @@ Examples:
 
 /// Starts the guest, or prints its command.
 pub fn run(args: RunArgs, ui: &Ui) -> Outcome {
+    let mut remaps = settings::remaps(&args.remap_files)?;
+    remaps.extend(args.remaps);
     let request = RunRequest {
         source: args.source.clone(),
         paused: args.paused,
         qemu: args.qemu,
         name: args.name,
-        remaps: args.remaps,
+        remaps,
+        settings: settings::read()?,
         trust: args.trust,
         timeout: Duration::from_secs(args.timeout),
     };

@@ -185,7 +185,8 @@ impl Finding {
         }
     }
 
-    fn warning(code: &'static str, fact: String, fix: impl Into<Option<String>>) -> Self {
+    /// A doubt.
+    pub fn warning(code: &'static str, fact: String, fix: impl Into<Option<String>>) -> Self {
         Finding {
             level: Level::Warning,
             ..Finding::refusal(code, fact, fix)
@@ -450,10 +451,11 @@ fn check_interface(resource: &Resource, host: &HostFacts) -> Option<Finding> {
 }
 
 /// The remap that gives the resource another backend; `None` where there is none.
-fn remap_fix(resource: &Resource, path: &str) -> Option<String> {
+pub(super) fn remap_fix(resource: &Resource, path: &str) -> Option<String> {
     let (kind, target) = match resource.kind {
         // Its overlay names it: only another overlay names another one.
-        ResourceKind::Backing | ResourceKind::Display => return None,
+        ResourceKind::Backing => return None,
+        ResourceKind::Display if path == "PATH" => ("display", "unix:PATH"),
         ResourceKind::Nic => ("net", "user"),
         ResourceKind::Chardev if path == "PATH" => ("chardev", "file:PATH"),
         kind => (kind.word(), path),

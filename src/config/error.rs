@@ -1,5 +1,6 @@
 //! What can be wrong with a configuration.
 
+use super::remap::Origin;
 use crate::error::{Blame, ErrorKind};
 
 /// What can be wrong with a configuration.
@@ -33,6 +34,16 @@ pub enum ConfigError {
         text: String,
         /// The form it has to have.
         expected: &'static str,
+    },
+    /// A line of a file of ours that cannot be used.
+    #[error("{file} line {line}: {fact}")]
+    FileLine {
+        /// The file.
+        file: String,
+        /// The line, from 1.
+        line: u32,
+        /// What is wrong with it.
+        fact: String,
     },
     /// Domain XML that cannot be read.
     #[error("the domain XML cannot be read: {fact}")]
@@ -98,7 +109,7 @@ pub enum Reason {
         argument: String,
     },
     /// A remap of a resource that the guest does not have.
-    #[error("the guest has no {kind} {id:?}; it has {}", listed(.known))]
+    #[error("{}the guest has no {kind} {id:?}; it has {}", written(.origin.as_ref()), listed(.known))]
     UnknownResource {
         /// The kind as in the remap.
         kind: &'static str,
@@ -106,9 +117,11 @@ pub enum Reason {
         id: String,
         /// The ids or paths of this kind that exist.
         known: Vec<String>,
+        /// Where the remap was written, if in a file.
+        origin: Option<Origin>,
     },
     /// A remap whose target does not fit what the resource is made of.
-    #[error("{kind} {id:?} cannot become {target}: {argument}")]
+    #[error("{}{kind} {id:?} cannot become {target}: {argument}", written(.origin.as_ref()))]
     NotRemappable {
         /// The kind as in the remap.
         kind: &'static str,
@@ -118,6 +131,18 @@ pub enum Reason {
         target: String,
         /// The argument it comes from; empty if only QMP knew of it.
         argument: String,
+        /// Where the remap was written, if in a file.
+        origin: Option<Origin>,
+    },
+    /// A backend in changed domain XML that no remap can give the guest.
+    #[error("line {line}: {path}: {why}")]
+    NotCarried {
+        /// The element.
+        path: String,
+        /// Its line.
+        line: u32,
+        /// What stands against it.
+        why: &'static str,
     },
     /// A disk over which no throwaway overlay can be laid.
     #[error("{kind} {id:?} cannot get a throwaway overlay: {why}")]
@@ -149,12 +174,13 @@ impl Reason {
             Reason::UnknownResource { .. } => "remap.unknown",
             Reason::NotRemappable { .. } => "remap.impossible",
             Reason::NoOverlay { .. } => "overlay.impossible",
+            Reason::NotCarried { .. } => "config.not-carried",
             Reason::NotShared { .. } => "clone.shared",
         }
     }
 
     fn is_usage(&self) -> bool {
-        ["remap.", "overlay.", "clone."]
+        ["remap.", "overlay.", "clone.", "config."]
             .iter()
             .any(|group| self.code().starts_with(group))
     }
@@ -166,7 +192,7 @@ impl Blame for ConfigError {
             ConfigError::Refused { reasons } if reasons.iter().all(Reason::is_usage) => {
                 ErrorKind::Usage
             }
-            ConfigError::RemapSyntax { .. } => ErrorKind::Usage,
+            ConfigError::RemapSyntax { .. } | ConfigError::FileLine { .. } => ErrorKind::Usage,
             ConfigError::XmlNotRead { .. } => ErrorKind::Image,
             ConfigError::Unsupported { .. } => ErrorKind::Usage,
             _ => ErrorKind::Failed,
@@ -204,6 +230,11 @@ fn unsupported(elements: &[Unmodelled]) -> String {
         "the domain XML cannot be honoured: {}{more}",
         shown.join("; ")
     )
+}
+
+/// `remaps.txt line 3: `, or nothing.
+fn written(origin: Option<&Origin>) -> String {
+    origin.map_or(String::new(), |origin| format!("{origin}: "))
 }
 
 fn listed(known: &[String]) -> String {

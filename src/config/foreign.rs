@@ -6,8 +6,10 @@
 //! Source: QEMU's manual, the options of 7.2 and 10.0.
 
 use super::arguments::{Argument, Arguments};
+use super::compat::remap_fix;
 use super::paths::{FILE_OPTIONS, paths};
 use super::resources::{Resource, ResourceKind, ResourceTable};
+use super::settings::Allow;
 
 /// Options that say something about the guest alone, whatever their values.
 const GUEST_ONLY: [&str; 36] = [
@@ -173,13 +175,25 @@ const USER_NETWORK: [&str; 20] = [
 /// Files that every process may read and that tell nothing.
 const NEUTRAL_FILES: [&str; 3] = ["/dev/urandom", "/dev/random", "/dev/null"];
 
-/// Each argument that reaches out, in words. `is_named` says whether the user himself named a file, an interface or a
-/// port forwarding for this guest.
-pub fn foreign(arguments: &Arguments, is_named: &dyn Fn(&str) -> bool) -> Vec<String> {
-    let items = arguments.items.iter();
-    items
-        .filter_map(|argument| reach(argument, is_named))
-        .collect()
+/// Each argument that reaches out, in words, with the remap that would answer it. `is_named` says whether the user
+/// himself named a file, an interface or a port forwarding for this guest, `allow` what any guest may use.
+pub fn foreign(
+    arguments: &Arguments,
+    is_named: &dyn Fn(&str) -> bool,
+    allow: &Allow,
+) -> Vec<String> {
+    let table = ResourceTable::from_arguments(arguments, None);
+    let items = arguments.items.iter().enumerate();
+    let found = items.filter_map(|(index, argument)| {
+        let reach = reach(argument, is_named, allow)?;
+        let mut resources = table.resources.iter();
+        let resource = resources.find(|resource| resource.argument == Some(index));
+        Some(match resource.and_then(|it| remap_fix(it, "PATH")) {
+            Some(fix) => format!("{reach} ({fix})"),
+            None => reach,
+        })
+    });
+    found.collect()
 }
 
 /// Each network that leads out of the guest through QEMU's user network, to this host's own services too.
@@ -187,7 +201,11 @@ pub fn foreign(arguments: &Arguments, is_named: &dyn Fn(&str) -> bool) -> Vec<St
 pub fn open_networks(
     arguments: &Arguments,
     is_remapped: &dyn Fn(Option<&Resource>) -> bool,
+    allow: &Allow,
 ) -> Vec<String> {
+    if allow.user_network {
+        return Vec::new();
+    }
     let is_restricted = |resource: &Resource| {
         let argument = resource
             .argument
@@ -197,33 +215,45 @@ pub fn open_networks(
     let table = ResourceTable::from_arguments(arguments, None);
     let nics = table.of(ResourceKind::Nic);
     let open = nics
-        .filter(|nic| nic.backend.kind == "user" && !is_restricted(nic) && !is_remapped(Some(nic)));
+        .filter(|nic| nic.backend.kind == "user")
+        .filter(|nic| !is_restricted(nic) && !is_remapped(Some(nic)));
     let mut found: Vec<String> = open
-        .map(|nic| format!("net {:?} leads to this host and beyond", nic.id))
+        .map(|nic| {
+            let id = &nic.id;
+            format!("net {id:?} leads to this host and beyond (--remap net:{id}=user)")
+        })
         .collect();
     let has_network = ["nodefaults", "net", "nic", "netdev"]
         .iter()
         .any(|name| arguments.has(name));
     if !has_network && !is_remapped(None) {
-        let text = "QEMU's default network (net:*) leads to this host and beyond";
+        let text = "QEMU's default network leads to this host and beyond (--remap net:*=user)";
         found.push(text.to_owned());
     }
     found
 }
 
-fn reach(argument: &Argument, is_named: &dyn Fn(&str) -> bool) -> Option<String> {
+fn reach(argument: &Argument, is_named: &dyn Fn(&str) -> bool, allow: &Allow) -> Option<String> {
     let alone = Arguments {
         program: String::new(),
         items: vec![argument.clone()],
     };
-    let unknown = |path: &str| !is_named(path) && !NEUTRAL_FILES.contains(&path);
+    // A user network does more with a directory than read it: it runs programs.
+    let is_network = matches!(argument.name(), Some("netdev" | "nic" | "net"));
+    let is_allowed = |path: &str| !is_network && allow.has_path(path);
+    let is_file = |path: &str| is_named(path) || is_allowed(path);
+    let unknown = |path: &str| !is_file(path) && !NEUTRAL_FILES.contains(&path);
     if let Some(used) = paths(&alone).into_iter().find(|used| unknown(&used.path)) {
         return Some(match argument.name() {
             Some(name) => format!("-{name} names {}", used.path),
             None => format!("the disk image {}", used.path),
         });
     }
-    let reaches_out = !stays_inside(argument, is_named);
+    let is_interface = |name: &str| is_named(name) || allow.has_interface(name);
+    let reaches_out = match argument.properties().get("type").as_deref() {
+        Some("tap" | "bridge") if is_network => !stays_inside(argument, &is_interface),
+        _ => !stays_inside(argument, &is_file),
+    };
     reaches_out.then(|| format!("{} would be used", argument.shown()))
 }
 
@@ -245,6 +275,10 @@ fn stays_inside(argument: &Argument, is_named: &dyn Fn(&str) -> bool) -> bool {
             .any(|key| properties.get(key).is_some()),
         _ if GUEST_ONLY.contains(&name) => true,
         _ if FILE_OPTIONS.contains(&name) => is_named(value),
+        "vnc" if keys_are(&["vnc", "password", "share"]) => {
+            let address = get("vnc");
+            address == "none" || is_named(address.strip_prefix("unix:").unwrap_or(&address))
+        }
         "display" | "vnc" | "audiodev" | "audio" => value == "none" || value.starts_with("none,"),
         "usbdevice" => ["tablet", "mouse", "keyboard"].contains(&value),
         "serial" | "parallel" | "debugcon" => port_stays_inside(value),
@@ -269,6 +303,10 @@ fn stays_inside(argument: &Argument, is_named: &dyn Fn(&str) -> bool) -> bool {
                     && keys_are(&["type", "id", "ifname", "script", "downscript"])
             }
             "bridge" => is_named(&get("br")) && keys_are(&["type", "id", "br"]),
+            "stream" => {
+                let known = ["type", "id", "server", "addr.type", "addr.path"];
+                is_named(&get("addr.path")) && !properties.is_on("server") && keys_are(&known)
+            }
             "user" => {
                 let leaves = properties.leaves();
                 let is_known =
@@ -336,7 +374,14 @@ mod tests {
         let networks = |line: &str| {
             let words: Vec<&str> = line.split_whitespace().collect();
             let is_remapped = |nic: Option<&Resource>| nic.is_some_and(|nic| nic.id == "asked");
-            open_networks(&Arguments::parse(&words).unwrap(), &is_remapped).len()
+            let arguments = Arguments::parse(&words).unwrap();
+            let found = open_networks(&arguments, &is_remapped, &Allow::default()).len();
+            let allow = Allow {
+                user_network: true,
+                ..Allow::default()
+            };
+            assert!(open_networks(&arguments, &is_remapped, &allow).is_empty());
+            found
         };
         assert_eq!(networks("qemu -netdev user,id=n -device e1000,netdev=n"), 1);
         assert_eq!(networks("qemu -nic user,model=e1000 -nic user"), 2);
@@ -350,7 +395,36 @@ mod tests {
     fn judge(line: &str) -> Vec<String> {
         let words: Vec<&str> = line.split_whitespace().collect();
         let is_named = |name: &str| ["/mine", "tap0", "tcp::2222-:22"].contains(&name);
-        foreign(&Arguments::parse(&words).unwrap(), &is_named)
+        let allow = Allow {
+            paths: vec!["/allowed/".to_owned()],
+            interfaces: vec!["br9".to_owned()],
+            user_network: false,
+        };
+        foreign(&Arguments::parse(&words).unwrap(), &is_named, &allow)
+    }
+
+    #[test]
+    fn what_the_user_allows_any_guest_reaches_no_further() {
+        for line in [
+            "-drive file=/allowed/x,id=x,format=raw",
+            "-hda /allowed/x",
+            "/allowed/x",
+            "-blockdev driver=file,node-name=f,filename=/allowed/x",
+            "-serial file:/allowed/x",
+            "-netdev bridge,id=n,br=br9",
+        ] {
+            assert_eq!(judge(&format!("qemu {line}")), [""; 0]);
+        }
+        for line in [
+            "-drive file=/allowed/../etc/shadow,id=x",
+            "-netdev user,id=n,smb=/allowed/x",
+            "-netdev user,id=n,tftp=/allowed/x",
+            "-netdev bridge,id=n,br=br8",
+            "-netdev tap,id=n,ifname=br9,script=/allowed/x,downscript=no",
+            "-vnc 127.0.0.1:1",
+        ] {
+            assert_eq!(judge(&format!("qemu {line}")).len(), 1, "{line}");
+        }
     }
 
     #[test]
@@ -369,16 +443,22 @@ mod tests {
     #[test]
     fn what_reaches_out_is_shown() {
         for (line, shown) in [
-            ("-drive file=/etc/shadow,id=x", "-drive names /etc/shadow"),
+            (
+                "-drive file=/etc/shadow,id=x",
+                "-drive names /etc/shadow (--remap disk:x=PATH)",
+            ),
             (
                 "-drive file=nbd://h/x,id=x",
-                "-drive file=nbd://h/x,id=x would be used",
+                "-drive file=nbd://h/x,id=x would be used (--remap disk:x=PATH)",
             ),
             (
                 "-drive file.driver=nbd,file.host=h",
-                "-drive file.driver=nbd,file.host=h would be used",
+                "-drive file.driver=nbd,file.host=h would be used (--remap disk:ide0-hd0=PATH)",
             ),
-            ("-vnc 0.0.0.0:7", "-vnc 0.0.0.0:7 would be used"),
+            (
+                "-vnc 0.0.0.0:7",
+                "-vnc 0.0.0.0:7 would be used (--remap display:display0=unix:PATH)",
+            ),
             (
                 "-set drive.disk0.aio=native",
                 "-set drive.disk0.aio=native would be used",
@@ -390,7 +470,7 @@ mod tests {
             ),
             ("-global e1000.romfile=x", "-global names x"),
             ("-something-new", "-something-new would be used"),
-            ("a.img", "the disk image a.img"),
+            ("a.img", "the disk image a.img (--remap disk:ide0-hd0=PATH)"),
         ] {
             assert_eq!(judge(&format!("qemu {line}")), [shown]);
         }

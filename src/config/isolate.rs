@@ -21,7 +21,7 @@
 use super::arguments::{Argument, Arguments};
 use super::error::{ConfigError, Reason};
 use super::properties::{Properties, escape};
-use super::remap::{self, Remap, Selector, Target};
+use super::remap::{self, Remap, Target};
 use super::resources::{Resource, ResourceKind, ResourceTable};
 
 /// Networks whose virtio NICs may use offloads that a user network does not have.
@@ -138,11 +138,8 @@ impl Clone<'_> {
                 ),
             ),
             _ => {
-                let remap = Remap {
-                    kind: ResourceKind::Nic,
-                    selector: Selector::Id(resource.id.clone()),
-                    target: Target::UserNetwork("restrict=on".to_owned()),
-                };
+                let cut_off = Target::UserNetwork("restrict=on".to_owned());
+                let remap = Remap::of(resource, cut_off);
                 match remap::apply(&self.arguments, None, &[remap]) {
                     Ok(remapped) => self.arguments = remapped.arguments,
                     Err(_) => return self.refuse(resource, &format!("it is a {kind} network")),

@@ -10,6 +10,7 @@
 //! | [`resources`] [`paths`] | the host resources in it, corrected by QMP; every path it names |
 //! | [`foreign`] | what of them reaches beyond the guest |
 //! | [`remap`] | other backends for those resources |
+//! | [`settings`] | what a user always wants: `config.toml` |
 //! | [`overlay`] | arguments in which the guest writes to throwaway overlays |
 //! | [`isolate`](mod@isolate) | arguments that any number of guests can be started with at once |
 //! | [`restore_arguments`](mod@restore_arguments) | kept arguments → restore arguments |
@@ -18,11 +19,13 @@
 //! | [`xml`] | XML ⇄ a tree that loses nothing |
 //! | [`domain`] | domain XML → typed values, with all that is not modelled |
 //! | [`expand`](mod@expand) | hand-written domain XML → domain XML in which nothing is left to choose |
+//! | [`abi`] | two domain XMLs compared: what of the difference the guest would see |
 //! | [`command_line`](mod@command_line) | expanded domain → QEMU's arguments |
 //! | [`postcopy`] | what forbids that a guest runs before its memory is there |
 //! | [`explain`](mod@explain) | what QEMU and libvirt say when a guest does not load, in other words |
 //! | [`compat`] | (guest, host) → every reason it cannot run |
 
+pub mod abi;
 pub mod arguments;
 pub mod command_line;
 pub mod compat;
@@ -40,6 +43,7 @@ pub mod properties;
 pub mod remap;
 pub mod resources;
 pub mod restore_arguments;
+pub mod settings;
 pub mod xml;
 
 mod error;
@@ -53,3 +57,4 @@ pub use isolate::{Isolated, isolate};
 pub use remap::Remap;
 pub use resources::{Resource, ResourceKind, ResourceTable};
 pub use restore_arguments::{RestoreContext, restore_arguments};
+pub use settings::Settings;

@@ -43,6 +43,9 @@ pub struct Manifest {
     /// What the guest uses of its host.
     #[serde(default)]
     pub resources: Vec<Resource>,
+    /// Other backends for the resources, chosen since the save, each as `vmstow restore --remap` takes it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remaps: Vec<String>,
     /// The user's own words about the image.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,

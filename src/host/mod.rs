@@ -17,6 +17,7 @@ mod overlays;
 mod process;
 mod process_memory;
 mod runtime;
+mod settings;
 mod userfault;
 
 pub use emulator::{CpuExpansion, expand_cpu};
@@ -36,4 +37,5 @@ pub use overlays::{OverlayRoot, Overlays, is_throwaway};
 pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock, has_userfaultfd};
 pub use process_memory::{Backing, MOST_SLICES, ProcessMemory};
 pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};
+pub use settings::settings_files;
 pub use userfault::Userfault;

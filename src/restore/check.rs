@@ -6,13 +6,13 @@ use std::path::Path;
 
 use rustix::fs::Access;
 
-use super::plan::resource;
 use super::side;
 use crate::config::compat::{FileFact, Fingerprint, GuestNeeds, HostFacts, QemuVersion};
 use crate::config::{Arguments, Resource, ResourceKind, ResourceTable};
 use crate::container::Manifest;
 use crate::error::Result;
 use crate::host::{self, FileIdentity, QemuFacts};
+use crate::image::resource;
 
 /// What the guest needs once its resources are remapped.
 pub fn needs(manifest: &Manifest, arguments: &[String]) -> Result<GuestNeeds> {

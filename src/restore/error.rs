@@ -144,12 +144,6 @@ pub enum RestoreError {
         /// The clone.
         guest: String,
     },
-    /// What the guest asked for could not be kept in its image.
-    #[error("what the guest needed first could not be kept in its image")]
-    NotRecorded {
-        /// What the kernel said.
-        source: std::io::Error,
-    },
     /// The image is no file, or has no page map.
     #[error("{guest} cannot be restored lazily: {why}")]
     NotLazy {
@@ -223,7 +217,10 @@ impl Blame for RestoreError {
             RestoreError::Untrusted { resources, .. } => resources.clone(),
             RestoreError::CannotRun { findings, .. } if findings.len() > 1 => findings
                 .iter()
-                .map(|finding| format!("{} [{}]", finding.fact, finding.code))
+                .map(|finding| match &finding.fix {
+                    Some(fix) => format!("{} [{}]: give {fix}", finding.fact, finding.code),
+                    None => format!("{} [{}]", finding.fact, finding.code),
+                })
                 .collect(),
             RestoreError::Clone { why, .. } => {
                 let causes = why.causes().map(ToString::to_string);

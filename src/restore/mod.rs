@@ -38,10 +38,10 @@ pub use lazy::{
     run_server, wait_for_memory,
 };
 pub use mapped::{Mapping, Verify, run_verifier};
-pub use plan::Plan;
+pub use plan::{Plan, call_disks_by_id};
 
 use crate::bytes::ReadAt;
-use crate::config::Remap;
+use crate::config::{Remap, Settings};
 use crate::container::{Image, PageMap};
 use crate::error::{Error, Result};
 use crate::image::OpenedImage;
@@ -63,6 +63,8 @@ pub struct RestoreRequest {
     pub paused: bool,
     /// Other backends for its resources.
     pub remaps: Vec<Remap>,
+    /// What this user and this host always want.
+    pub settings: Settings,
     /// Whether the image may name resources of this host although nobody we trust signed it.
     pub trust: bool,
     /// Whether a disk that cannot be proven unchanged is accepted even if it certainly changed.

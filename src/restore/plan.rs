@@ -9,13 +9,16 @@ use super::check;
 use super::lazy::LazyRequest;
 use super::side;
 use super::{Mapping, RestoreError, RestoreRequest};
+use crate::config::abi::names_of_disks;
 use crate::config::compat::{Finding, Level, QemuVersion};
 use crate::config::foreign::{foreign, open_networks};
 use crate::config::mapped_memory;
 use crate::config::overlay::{self, WritableDisk, is_writable_disk, writable_disks};
 use crate::config::postcopy::obstacles;
 use crate::config::properties::escape;
-use crate::config::remap::{Selector, Target, block_graph_remaps};
+use crate::config::remap::{Selector, Target, fitting, kept_with};
+use crate::config::restore_arguments::remap_warnings;
+use crate::config::xml::Document;
 use crate::config::{
     Arguments, ConfigError, Isolated, Remap, Resource, ResourceKind, ResourceTable, RestoreContext,
     isolate, restore_arguments,
@@ -26,7 +29,7 @@ use crate::host::{
     self, GuestDir, HostError, OverlayRoot, QemuFacts, RuntimeDir, find_qemu, is_name,
     sanitise_name,
 };
-use crate::image::Trust;
+use crate::image::{Trust, resource_table};
 use crate::supervise::{self, Launch};
 
 /// A file below a throwaway overlay.
@@ -48,8 +51,8 @@ pub struct Plan {
     remaps: Vec<Remap>,
     /// Where the guest's throwaway overlays go, and over what; `None` if it writes to its own disks.
     throwaway: Option<(OverlayRoot, Vec<Base>)>,
-    /// For clones, which get backends of their own: the user's remaps.
-    isolation: Option<Vec<Remap>>,
+    /// Whether it is a clone, which gets backends of its own where the user chose none.
+    is_clone: bool,
     /// Whether the guest gets its own name and resources.
     is_as_saved: bool,
     notes: Vec<String>,
@@ -80,16 +83,17 @@ impl Plan {
             .name
             .clone()
             .unwrap_or_else(|| manifest.guest.name.clone());
-        let kept = Arguments::parse(&manifest.qemu.argv)?;
-        let table = resource_table(&manifest);
         let is_trusted = request.trust || trust.is_trusted();
-        let mut remaps = if is_trusted {
-            block_graph_remaps(&table)
-        } else {
-            Vec::new()
-        };
+        let kept = kept_arguments(&manifest, is_trusted)?;
+        let machine_type = manifest.machine.machine_type.clone();
+        let table = ResourceTable::from_arguments(&kept, Some(&machine_type));
+        let mut remaps = fitting(&request.settings.remaps, &table);
         remaps.extend(request.remaps.iter().cloned());
         let qemu = QemuFacts::probe(&choose_qemu(request, &manifest, is_trusted)?)?;
+        let is_as_saved = remaps.is_empty()
+            && request.name.is_none()
+            && !request.throwaway
+            && request.clones.is_none();
         let mut plan = Plan {
             image: request
                 .image
@@ -105,11 +109,8 @@ impl Plan {
             kept,
             remaps,
             throwaway: None,
-            isolation: request.clones.map(|_| request.remaps.clone()),
-            is_as_saved: request.remaps.is_empty()
-                && request.name.is_none()
-                && !request.throwaway
-                && request.clones.is_none(),
+            is_clone: request.clones.is_some(),
+            is_as_saved,
             notes: Vec::new(),
             warnings: Vec::new(),
             accept_changed_disks: request.accept_changed_disks,
@@ -122,12 +123,14 @@ impl Plan {
             manifest,
         };
         let arguments = plan.arguments_at(Path::new(side::PLACE), &[])?;
+        let doubts = plan.remap_doubts()?;
         plan.choose_mapped_blocks(&arguments)?;
         if !is_trusted {
             plan.refuse_foreign_resources(&arguments, trust, request)?;
         }
         plan.look_at_disks(&arguments, request)?;
         plan.refuse_what_cannot_run(&arguments, request.clones.unwrap_or(1))?;
+        plan.warnings.extend(doubts);
         Ok(plan)
     }
 
@@ -178,9 +181,9 @@ impl Plan {
 
     /// The QEMU command that a restore would run; the runtime directory stands in it as it would be named.
     pub fn command(&self) -> Result<Vec<String>> {
-        let name = match &self.isolation {
-            Some(_) => format!("{}-1", sanitise_name(&self.name)),
-            None => sanitise_name(&self.name),
+        let name = match self.is_clone {
+            true => format!("{}-1", sanitise_name(&self.name)),
+            false => sanitise_name(&self.name),
         };
         let overlays = match &self.throwaway {
             Some((root, bases)) => {
@@ -233,11 +236,21 @@ impl Plan {
         Ok(arguments)
     }
 
+    /// What a user should know about the remaps.
+    fn remap_doubts(&self) -> Result<Vec<Finding>> {
+        let isolated = self.isolated_at(Path::new("/nonexistent"))?;
+        let kept = isolated.as_ref().map_or(&self.kept, |it| &it.arguments);
+        let machine_type = &self.manifest.machine.machine_type;
+        let warnings = remap_warnings(kept, machine_type, &self.remaps)?.into_iter();
+        let doubts = warnings.map(|it| Finding::warning(it.code(), it.to_string(), None));
+        Ok(doubts.collect())
+    }
+
     /// The kept arguments for a clone with this directory; `None` for a guest that is no clone.
     fn isolated_at(&self, directory: &Path) -> Result<Option<Isolated>> {
-        let Some(remaps) = &self.isolation else {
+        if !self.is_clone {
             return Ok(None);
-        };
+        }
         let machine_type = &self.manifest.machine.machine_type;
         // Each has programs of its own beside QEMU.
         let is_side = |one: &Resource| {
@@ -245,7 +258,7 @@ impl Plan {
             programs.any(|program| one.backend.path.as_ref() == Some(&program.socket))
         };
         let is_named =
-            |one: &Resource| is_side(one) || remaps.iter().any(|remap| remap.selects(one));
+            |one: &Resource| is_side(one) || self.remaps.iter().any(|remap| remap.selects(one));
         let directory = directory.display().to_string();
         Ok(Some(isolate(
             &self.kept,
@@ -295,9 +308,9 @@ impl Plan {
         // What guests that ended left behind must not take their names; that it cannot be removed harms nobody.
         let _ = supervise::list(&runtime);
         let name = sanitise_name(&self.name);
-        let dir: GuestDir = match &self.isolation {
-            Some(_) => runtime.create_clone(&name)?,
-            None => runtime.create_guest(&name)?,
+        let dir: GuestDir = match self.is_clone {
+            true => runtime.create_clone(&name)?,
+            false => runtime.create_guest(&name)?,
         };
         let image = image.filter(|_| self.mapping.is_some());
         let image = image.map(File::try_clone).transpose();
@@ -318,7 +331,7 @@ impl Plan {
                 return Err(error);
             }
         };
-        let is_passing = self.isolation.is_some() || self.throwaway.is_some();
+        let is_passing = self.is_clone || self.throwaway.is_some();
         let side = side::programs_at(&self.manifest.qemu.side_programs, dir.path(), is_passing);
         Ok(Launch {
             argv: command.into_iter().map(Into::into).collect(),
@@ -398,8 +411,12 @@ impl Plan {
     /// started, and its disks against this host.
     pub(super) fn confirm(&self, manifest: Manifest) -> Result<()> {
         let guest = self.name.clone();
-        if manifest.qemu.argv != self.manifest.qemu.argv
-            || manifest.machine != self.manifest.machine
+        let began = &self.manifest;
+        if manifest.qemu.argv != began.qemu.argv
+            || manifest.machine != began.machine
+            || manifest.remaps != began.remaps
+            || manifest.qemu.binary != began.qemu.binary
+            || manifest.guest.name != began.guest.name
         {
             return Err(RestoreError::HeadDiffers { guest }.into());
         }
@@ -429,16 +446,18 @@ impl Plan {
         // What a restore adds itself lies in the runtime directory, for which this stands.
         let is_named = |name: &str| {
             let is_ours = name.starts_with("/nonexistent/") && !name.contains("..");
-            is_ours || request.remaps.iter().any(|remap| remap.names(name))
+            is_ours || self.remaps.iter().any(|remap| remap.names(name))
         };
-        let mut resources = foreign(&arguments, &is_named);
+        let allow = &request.settings.allow;
+        let mut resources = foreign(&arguments, &is_named, allow);
         resources.extend(side::shown(&self.manifest.qemu.side_programs));
-        resources.extend(open_networks(&arguments, &|nic| {
-            request.remaps.iter().any(|remap| match nic {
+        let is_remapped = |nic: Option<&Resource>| {
+            self.remaps.iter().any(|remap| match nic {
                 Some(nic) => remap.selects(nic),
                 None => remap.selects_all(ResourceKind::Nic),
             })
-        }));
+        };
+        resources.extend(open_networks(&arguments, &is_remapped, allow));
         if resources.is_empty() {
             return Ok(());
         }
@@ -503,11 +522,11 @@ fn keeper_monitor(directory: &Path) -> [String; 4] {
 
 impl Base {
     fn remap(&self, overlay: &Path) -> Remap {
-        Remap {
-            kind: self.disk.kind,
-            selector: Selector::Id(self.disk.id.clone()),
-            target: Target::Overlay(overlay.display().to_string()),
-        }
+        Remap::new(
+            self.disk.kind,
+            Selector::Id(self.disk.id.clone()),
+            Target::Overlay(overlay.display().to_string()),
+        )
     }
 }
 
@@ -529,6 +548,9 @@ fn choose_qemu(request: &RestoreRequest, manifest: &Manifest, is_trusted: bool) 
     if let Some(qemu) = &request.qemu {
         return Ok(qemu.clone());
     }
+    if let Some(qemu) = &request.settings.qemu {
+        return Ok(PathBuf::from(qemu));
+    }
     let saved = Path::new(&manifest.qemu.binary);
     if is_trusted && saved.is_file() {
         Ok(saved.to_owned())
@@ -537,14 +559,42 @@ fn choose_qemu(request: &RestoreRequest, manifest: &Manifest, is_trusted: bool) 
     }
 }
 
-/// The manifest's resources.
-fn resource_table(manifest: &Manifest) -> ResourceTable {
-    ResourceTable {
-        resources: manifest.resources.iter().filter_map(resource).collect(),
+/// Lets remaps call disks as the image's XML calls them, `disk:vda`, where no resource has that name.
+pub fn call_disks_by_id(remaps: &mut [Remap], manifest: &Manifest, xml: &str) -> Result<()> {
+    let kept = kept_arguments(manifest, true)?;
+    let table = ResourceTable::from_arguments(&kept, Some(&manifest.machine.machine_type));
+    // XML that cannot be read names nothing.
+    let Ok(document) = Document::parse(xml.as_bytes()) else {
+        return Ok(());
+    };
+    let names = names_of_disks(&document, &table);
+    for remap in remaps {
+        let Selector::Id(name) = &remap.selector else {
+            continue;
+        };
+        let is_it = |one: &&(ResourceKind, String, String)| one.0 == remap.kind && one.1 == *name;
+        if table.find(remap.kind, name).is_none()
+            && let Some((_, _, id)) = names.iter().find(is_it)
+        {
+            remap.selector = Selector::Id(id.clone());
+        }
     }
+    Ok(())
 }
 
-/// A resource of the manifest; both sides are the same JSON.
-pub(super) fn resource(kept: &crate::container::manifest::Resource) -> Option<Resource> {
-    serde_json::from_value(serde_json::to_value(kept).ok()?).ok()
+/// The kept arguments with the disks that the guest had at the save and what was chosen since, if its image is trusted
+/// to name any.
+fn kept_arguments(manifest: &Manifest, is_trusted: bool) -> Result<Arguments> {
+    if !is_trusted {
+        return Ok(Arguments::parse(&manifest.qemu.argv)?);
+    }
+    let machine_type = &manifest.machine.machine_type;
+    let resources = resource_table(manifest);
+    let kept = kept_with(
+        &manifest.qemu.argv,
+        machine_type,
+        &resources,
+        &manifest.remaps,
+    );
+    Ok(kept?)
 }

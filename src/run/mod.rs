@@ -22,7 +22,7 @@ use serde_json::Value;
 pub use error::RunError;
 pub use plan::Plan;
 
-use crate::config::Remap;
+use crate::config::{Remap, Settings};
 use crate::error::Result;
 use crate::store::Location;
 use crate::supervise::{self, RunningGuest};
@@ -40,6 +40,8 @@ pub struct RunRequest {
     pub name: Option<String>,
     /// Other backends for its resources.
     pub remaps: Vec<Remap>,
+    /// What this user and this host always want.
+    pub settings: Settings,
     /// Whether arguments for QEMU itself are used, and resources of an image that nobody we trust signed.
     pub trust: bool,
     /// The longest QEMU may take to begin.

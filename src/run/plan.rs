@@ -15,7 +15,7 @@ use crate::config::domain::Domain;
 use crate::config::expand::{Expanded, expand};
 use crate::config::foreign::{foreign, open_networks};
 use crate::config::xml::Document;
-use crate::config::{Arguments, ConfigError, Remap, ResourceKind, Unmodelled, remap};
+use crate::config::{Arguments, ConfigError, Remap, Resource, ResourceKind, Unmodelled, remap};
 use crate::error::{Error, Result};
 use crate::host::{
     self, HostError, Lasting, QEMU_BINARY, QemuFacts, RuntimeDir, find_program, is_name,
@@ -279,13 +279,15 @@ impl Plan {
             let is_ours = name.starts_with(&place) && !name.contains("..");
             is_ours || remaps.iter().any(|remap| remap.names(name))
         };
-        let mut resources = foreign(&arguments, &is_named);
-        resources.extend(open_networks(&arguments, &|nic| {
+        let allow = &self.request.settings.allow;
+        let mut resources = foreign(&arguments, &is_named, allow);
+        let is_remapped = |nic: Option<&Resource>| {
             remaps.iter().any(|remap| match nic {
                 Some(nic) => remap.selects(nic),
                 None => remap.selects_all(ResourceKind::Nic),
             })
-        }));
+        };
+        resources.extend(open_networks(&arguments, &is_remapped, allow));
         let programs = self.command.side_commands.iter();
         resources.extend(programs.map(|it| format!("program {}", it.argv.join(" "))));
         match resources.is_empty() {

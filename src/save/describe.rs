@@ -9,7 +9,8 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::SaveError;
-use crate::config::domain_xml::{DomainFacts, domain_xml};
+use super::places::places;
+use crate::config::domain_xml::{DomainFacts, PciPlace, domain_xml};
 use crate::config::mapped_memory;
 use crate::config::resources::{BlockDevice, BlockFacts, BlockNode};
 use crate::config::{
@@ -52,6 +53,8 @@ pub struct Description {
     device_ids: BTreeSet<String>,
     /// How many devices without an id QEMU has now; those that belong to the machine are not counted.
     unnamed_device_count: usize,
+    /// Where QEMU put devices whose arguments leave that to it.
+    places: BTreeMap<usize, PciPlace>,
     /// SHA-256 of QEMU's binary; `None` if it cannot be read.
     binary_sha256: Option<String>,
     /// The domain XML that it was started from, if it is a guest of ours that was started from one.
@@ -88,7 +91,9 @@ impl Description {
             Some(dir) => supervise::side_programs_of(dir)?,
             None => Vec::new(),
         };
+        let places = places(qmp, &arguments)?;
         Ok(Description {
+            places,
             own_xml: dir.and_then(|dir| std::fs::read_to_string(dir.domain_xml()).ok()),
             side_programs: side_programs.iter().filter_map(kept_program).collect(),
             name,
@@ -262,6 +267,7 @@ impl Description {
             accelerator: self.accelerator.clone(),
             emulator: self.process.exe.display().to_string(),
             directory: self.process.cwd.display().to_string(),
+            places: self.places.clone(),
         };
         domain_xml(&self.arguments, &self.resources, &facts)
     }
@@ -301,6 +307,7 @@ impl Description {
             sections: Vec::new(),
             capabilities: Vec::new(),
             resources: self.resources.resources.iter().filter_map(kept).collect(),
+            remaps: Vec::new(),
             labels: labels.clone(),
             stream: None,
             other: Default::default(),

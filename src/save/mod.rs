@@ -20,6 +20,7 @@ mod disks;
 mod error;
 mod guest;
 mod live;
+mod places;
 mod plan;
 mod source;
 

@@ -93,6 +93,7 @@ pub fn full_manifest() -> Manifest {
             }),
             other: other(),
         }],
+        remaps: Vec::new(),
         labels: [("team".into(), "web".into())].into(),
         stream: Some(StreamSummary {
             len: 56,

@@ -73,6 +73,7 @@ impl TestDir {
             .env("XDG_STATE_HOME", self.join("state"))
             .env("XDG_CACHE_HOME", self.join("cache"))
             .env("XDG_CONFIG_HOME", self.join("config"))
+            .env("VMSTOW_SYSTEM_CONFIG", self.join("config/system.toml"))
             .env("NO_COLOR", "1");
         command
     }

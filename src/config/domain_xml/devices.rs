@@ -1,10 +1,8 @@
 //! `<devices>`.
 
-use std::collections::BTreeMap;
-
 use super::Story;
 use crate::config::properties::Properties;
-use crate::config::resources::{Resource, ResourceKind};
+use crate::config::resources::ResourceKind;
 use crate::config::xml::Element;
 
 /// A `-device` argument.
@@ -17,11 +15,19 @@ impl Story<'_> {
         let controllers = self.controllers();
         let interfaces = self.interfaces();
         let ports = self.ports();
-        let inputs = self.simple("input", &INPUTS, |element, _| element);
+        let inputs = self.simple("input", &INPUTS);
+        let tpms = self.tpms();
         let graphics = self.graphics();
+        let sounds = self.simple("sound", &SOUNDS);
+        let codecs = self.codecs();
+        let audios = self.audios();
         let videos = self.videos();
+        let watchdogs = self.watchdogs();
         let rngs = self.rngs();
+        let panics = self.simple("panic", &PANICS);
+        let vsocks = self.simple("vsock", &VSOCKS);
         let balloon = self.balloon();
+        self.tell_codecs(codecs, &sounds);
         Element::new("devices")
             .child(emulator)
             .children(disks)
@@ -29,81 +35,35 @@ impl Story<'_> {
             .children(interfaces)
             .children(ports)
             .children(inputs)
+            .children(tpms)
             .children(graphics)
+            .children(sounds)
+            .children(audios)
             .children(videos)
+            .children(watchdogs)
             .children(rngs)
+            .children(panics)
+            .children(vsocks)
             .child(balloon)
     }
 
-    fn all_devices(&self) -> Vec<Device> {
+    /// The `-device` arguments; where they leave the address to QEMU, with the one that QEMU chose.
+    pub(super) fn all_devices(&self) -> Vec<Device> {
         let devices = self.arguments.options("device");
-        devices
-            .map(|(index, device)| (index, device.properties()))
-            .collect()
+        let placed = devices.map(|(index, device)| {
+            let mut device = device.properties();
+            if let (Some(place), None) = (self.facts.places.get(&index), device.get("addr")) {
+                device.set_text("bus", &place.bus);
+                device.set_text("addr", &format!("{:#x}.{}", place.slot, place.function));
+            }
+            (index, device)
+        });
+        placed.collect()
     }
 
     pub(super) fn device_with(&self, key: &str, value: &str) -> Option<Device> {
         let mut devices = self.all_devices().into_iter();
         devices.find(|(_, device)| device.get(key).as_deref() == Some(value))
-    }
-
-    fn controllers(&mut self) -> Vec<Element> {
-        let mut found = Vec::new();
-        let mut indexes: BTreeMap<&'static str, u32> = BTreeMap::new();
-        let mut has_usb = self.take("usb").is_some();
-        if has_usb {
-            found.push(
-                Element::new("controller")
-                    .attribute("type", "usb")
-                    .attribute("index", 0),
-            );
-            indexes.insert("usb", 1);
-        }
-        for (index, device) in self.all_devices() {
-            let driver = device.get("driver").unwrap_or_default();
-            let Some((_, kind, model)) = CONTROLLERS.iter().find(|known| known.0 == driver) else {
-                continue;
-            };
-            has_usb |= *kind == "usb";
-            let first = u32::from(*kind == "pci" || (*kind == "sata" && self.is_q35()));
-            let number = indexes.entry(kind).or_insert(first);
-            let element = Element::new("controller")
-                .attribute("type", kind)
-                .attribute("index", *number)
-                .attribute_if("model", Some(*model).filter(|model| !model.is_empty()));
-            *number += 1;
-            let target = device.get_any(&["chassis", "port"]).map(|_| {
-                Element::new("target")
-                    .attribute_if("chassis", device.get("chassis"))
-                    .attribute_if("port", device.get("port"))
-            });
-            found.push(
-                element
-                    .children(target)
-                    .children(alias(&device))
-                    .children(self.address(&device)),
-            );
-            self.tell(
-                index,
-                &device,
-                &[
-                    "driver",
-                    "id",
-                    "bus",
-                    "addr",
-                    "multifunction",
-                    "chassis",
-                    "port",
-                ],
-            );
-        }
-        if !has_usb {
-            let none = Element::new("controller")
-                .attribute("type", "usb")
-                .attribute("index", 0);
-            found.push(none.attribute("model", "none"));
-        }
-        found
     }
 
     fn interfaces(&mut self) -> Vec<Element> {
@@ -146,101 +106,40 @@ impl Story<'_> {
                 .as_ref()
                 .filter(|_| kind == "ethernet");
             let mac = frontend.get_any(&["mac", "macaddr"]);
-            found.push(
-                Element::new("interface")
-                    .attribute("type", kind)
-                    .children(mac.map(|mac| Element::new("mac").attribute("address", mac)))
-                    .children(source)
-                    .children(target.map(|name| {
-                        Element::new("target")
-                            .attribute("dev", name)
-                            .attribute("managed", "no")
-                    }))
-                    .children(model.map(|model| Element::new("model").attribute("type", model)))
-                    .children(boot_order(frontend))
-                    .children(alias(frontend).filter(|_| device.is_some()))
-                    .children(self.address(frontend).filter(|_| device.is_some())),
-            );
+            let written = Element::new("interface")
+                .attribute("type", kind)
+                .children(mac.map(|mac| Element::new("mac").attribute("address", mac)))
+                .children(source)
+                .children(target.map(|name| {
+                    Element::new("target")
+                        .attribute("dev", name)
+                        .attribute("managed", "no")
+                }))
+                .children(model.map(|model| Element::new("model").attribute("type", model)))
+                .children(nic_driver(frontend, &net))
+                .children(
+                    frontend
+                        .get("host_mtu")
+                        .map(|size| Element::new("mtu").attribute("size", size)),
+                )
+                .children(self.boot_order(frontend))
+                .children(alias(frontend).filter(|_| device.is_some()))
+                .children(self.address(frontend).filter(|_| device.is_some()));
+            found.push(written);
             self.tell(
                 index,
                 &net,
-                &["type", "id", "br", "ifname", "model", "mac", "macaddr"],
+                &[
+                    "type", "id", "br", "ifname", "model", "mac", "macaddr", "vhost", "queues",
+                ],
             );
+            // No script is what an interface without one has.
+            self.forgive(index, &["script=no", "downscript=no"]);
             if let Some((index, device)) = device {
-                self.tell(
-                    index,
-                    &device,
-                    &["driver", "id", "netdev", "mac", "bus", "addr", "bootindex"],
-                );
+                self.tell(index, &device, &NIC_PROPERTIES);
             }
         }
         found
-    }
-
-    /// Serial and parallel ports and consoles.
-    fn ports(&mut self) -> Vec<Element> {
-        let mut found = Vec::new();
-        for (option, element) in [("serial", "serial"), ("parallel", "parallel")] {
-            let ports: Vec<(usize, String)> = self
-                .arguments
-                .options(option)
-                .map(|(index, argument)| (index, argument.value().unwrap_or_default().to_owned()))
-                .collect();
-            for (number, (index, value)) in ports.into_iter().enumerate() {
-                let named = value.strip_prefix("chardev:").map(str::to_owned);
-                let name = named.unwrap_or_else(|| format!("{option}{number}"));
-                let port = Element::new("target").attribute("port", number);
-                if let Some(written) = self.port(element, &name, port) {
-                    self.told.insert(index);
-                    found.push(written);
-                }
-            }
-        }
-        if self.arguments.has_implicit_terminal() {
-            let port = Element::new("target").attribute("port", 0);
-            found.extend(self.port("serial", "serial0", port));
-        }
-        for (index, device) in self.all_devices() {
-            let (element, target) = match device.get("driver").as_deref() {
-                Some("isa-serial") => (
-                    "serial",
-                    Element::new("target").attribute("type", "isa-serial"),
-                ),
-                Some("virtconsole") => (
-                    "console",
-                    Element::new("target").attribute("type", "virtio"),
-                ),
-                _ => continue,
-            };
-            let Some(chardev) = device.get("chardev") else {
-                continue;
-            };
-            if let Some(written) = self.port(element, &chardev, target) {
-                found.push(written.children(alias(&device)));
-                self.tell(index, &device, &["driver", "id", "chardev", "index"]);
-            }
-        }
-        found
-    }
-
-    fn port(&mut self, element: &'static str, name: &str, target: Element) -> Option<Element> {
-        let resource = self.resources.find(ResourceKind::Chardev, name)?;
-        let (kind, source) = chardev_source(resource)?;
-        if let Some(index) = resource.argument
-            && let Some(argument) = self.arguments.items.get(index)
-            && argument.name() == Some("chardev")
-        {
-            let known = [
-                "backend", "id", "path", "host", "port", "server", "wait", "append",
-            ];
-            self.tell(index, &argument.properties(), &known);
-        }
-        Some(
-            Element::new(element)
-                .attribute("type", kind)
-                .children(source)
-                .child(target),
-        )
     }
 
     fn graphics(&mut self) -> Vec<Element> {
@@ -281,9 +180,11 @@ impl Story<'_> {
             self.tell(
                 index,
                 &argument.properties(),
-                &["vnc", "type", "port", "addr", "unix"],
+                &["vnc", "type", "port", "addr", "unix", "audiodev"],
             );
-            found.push(element);
+            let audio = argument.properties().get("audiodev");
+            let audio = audio.and_then(|id| audio_id(&id));
+            found.push(element.children(audio.map(|id| Element::new("audio").attribute("id", id))));
         }
         found
     }
@@ -307,9 +208,29 @@ impl Story<'_> {
         for (index, device) in self.all_devices() {
             let driver = device.get("driver").unwrap_or_default();
             if let Some((_, model)) = VIDEOS.iter().find(|known| known.0 == driver) {
-                let written = video(model).children(alias(&device));
+                let is_qxl = *model == "qxl";
+                let kib = |key: &str| device.get(key)?.parse::<u64>().ok()?.checked_mul(1024);
+                let bytes = |key: &str| Some(device.get(key)?.parse::<u64>().ok()? / 1024);
+                let (vram, vgamem, ram) = match is_qxl {
+                    true => (bytes("vram_size"), kib("vgamem_mb"), bytes("ram_size")),
+                    false => (kib("vgamem_mb"), None, None),
+                };
+                let model = Element::new("model")
+                    .attribute("type", model)
+                    .attribute_if("ram", ram)
+                    .attribute_if("vram", vram)
+                    .attribute_if("vram64", kib("vram64_size_mb"))
+                    .attribute_if("vgamem", vgamem)
+                    .attribute_if("heads", device.get("max_outputs"))
+                    .attribute_if("primary", (driver == "qxl-vga").then_some("yes"));
+                let written = Element::new("video").child(model).children(alias(&device));
                 found.push(written.children(self.address(&device)));
-                self.tell(index, &device, &["driver", "id", "bus", "addr"]);
+                let known: &[&str] = match is_qxl {
+                    true => &["ram_size", "vram_size", "vram64_size_mb"],
+                    false => &[],
+                };
+                let common = ["driver", "id", "bus", "addr", "vgamem_mb", "max_outputs"];
+                self.tell(index, &device, &[&common[..], known].concat());
             }
         }
         let is_given = self.arguments.has("vga");
@@ -344,11 +265,19 @@ impl Story<'_> {
                 }
                 _ => continue,
             };
+            let rate = device.get("max-bytes").map(|bytes| {
+                Element::new("rate")
+                    .attribute("bytes", bytes)
+                    .attribute_if("period", device.get("period"))
+            });
             let rng = Element::new("rng")
-                .attribute("model", "virtio")
-                .child(backend);
+                .attribute("model", virtio_model(&driver))
+                .children(rate)
+                .child(backend)
+                .children(virtio_driver(&device));
             found.push(rng.children(alias(&device)).children(self.address(&device)));
-            self.tell(index, &device, &["driver", "id", "rng", "bus", "addr"]);
+            let known = ["driver", "id", "rng", "bus", "addr", "max-bytes", "period"];
+            self.tell(index, &device, &[&known[..], &VIRTIO_PROPERTIES].concat());
             self.tell(object_index, &object, &["qom-type", "id", "filename"]);
         }
         found
@@ -360,102 +289,312 @@ impl Story<'_> {
         objects.find(|(_, object)| object.get("id").as_deref() == Some(id))
     }
 
-    /// A PCI address: `addr=0x4` or `addr=2.1` on the root bus or behind a controller that has an id.
-    pub(super) fn address(&self, device: &Properties) -> Option<Element> {
-        let addr = device.get("addr")?;
-        let (slot, function) = addr.split_once('.').unwrap_or((&addr, "0"));
-        let slot = u8::from_str_radix(slot.trim_start_matches("0x"), 16).ok()?;
-        let function = u8::from_str_radix(function.trim_start_matches("0x"), 16).ok()?;
-        let bus = self.pci_bus(device.get("bus").as_deref().unwrap_or("pci.0"))?;
-        let multifunction = device.is_on("multifunction").then_some("on");
-        let written = Element::new("address")
-            .attribute("type", "pci")
-            .attribute("domain", "0x0000")
-            .attribute("bus", format!("{bus:#04x}"))
-            .attribute("slot", format!("{slot:#04x}"))
-            .attribute("function", format!("{function:#x}"));
-        Some(written.attribute_if("multifunction", multifunction))
-    }
-
-    /// libvirt's number of a PCI bus: 0 for the root bus, else the index of the controller with that id.
-    fn pci_bus(&self, name: &str) -> Option<usize> {
-        if matches!(name, "pci.0" | "pcie.0") {
-            return Some(0);
-        }
-        let devices = self.all_devices().into_iter();
-        let mut controllers = devices.filter(|(_, device)| {
-            let driver = device.get("driver").unwrap_or_default();
-            CONTROLLERS
-                .iter()
-                .any(|known| known.0 == driver && known.1 == "pci")
-        });
-        let found = controllers.position(|(_, device)| device.get("id").as_deref() == Some(name));
-        found?.checked_add(1)
-    }
-
     /// libvirt adds a balloon unless it is told not to.
     fn balloon(&mut self) -> Element {
-        let found = self.simple("memballoon", &BALLOONS, |element, _| element);
+        let found = self.simple("memballoon", &BALLOONS);
         let none = Element::new("memballoon").attribute("model", "none");
         found.into_iter().next().unwrap_or(none)
     }
 
     /// Devices that need no more than a row of a table.
-    fn simple(
-        &mut self,
-        element: &'static str,
-        table: &[Row],
-        finish: impl Fn(Element, &Properties) -> Element,
-    ) -> Vec<Element> {
+    fn simple(&mut self, element: &'static str, table: &[Row]) -> Vec<Element> {
         let mut found = Vec::new();
         for (index, device) in self.all_devices() {
             let driver = device.get("driver").unwrap_or_default();
-            let Some((_, attributes)) = table.iter().find(|row| row.0 == driver) else {
+            let Some(row) = table.iter().find(|row| row.0 == driver) else {
                 continue;
             };
-            let written = attributes
-                .iter()
-                .fold(Element::new(element), |written, (name, value)| {
-                    written.attribute(name, value)
-                });
+            let mut written = Element::new(element);
+            for (name, value) in row.1 {
+                written = written.attribute(name, value);
+            }
+            let mut known = vec!["driver", "id", "bus", "addr", "port"];
+            for (property, child, attribute) in row.2 {
+                known.push(property);
+                let Some(value) = device.get(property) else {
+                    continue;
+                };
+                match child.is_empty() {
+                    true => written.set(attribute, value),
+                    false => {
+                        written = written.child(Element::new(*child).attribute(attribute, value))
+                    }
+                }
+            }
+            let is_virtio = driver.starts_with("virtio") || driver.starts_with("vhost");
+            if is_virtio {
+                known.extend(VIRTIO_PROPERTIES);
+                written = written.children(virtio_driver(&device));
+            }
+            let ioport = device.get("ioport").filter(|_| driver == "pvpanic");
+            if let Some(iobase) = ioport.and_then(|port| port.parse::<u32>().ok()) {
+                known.push("ioport");
+                let address = Element::new("address").attribute("type", "isa");
+                written = written.child(address.attribute("iobase", format!("{iobase:#x}")));
+            }
             let written = written
                 .children(alias(&device))
                 .children(self.address(&device));
-            found.push(finish(written, &device));
-            self.tell(index, &device, &["driver", "id", "bus", "addr"]);
+            found.push(written);
+            self.tell(index, &device, &known);
         }
         found
     }
+
+    /// Watchdogs, the one in the chipset of q35 too, and what they do.
+    fn watchdogs(&mut self) -> Vec<Element> {
+        let mut found = self.simple("watchdog", &WATCHDOGS);
+        let noreboot = self.take_global(&["ICH9-LPC"], "noreboot");
+        if noreboot.is_some_and(|value| matches!(value.as_str(), "off" | "false" | "0")) {
+            found.push(Element::new("watchdog").attribute("model", "itco"));
+        }
+        if !found.is_empty()
+            && let Some(action) = self.take("watchdog-action")
+        {
+            for watchdog in &mut found {
+                watchdog.set("action", &action);
+            }
+        }
+        found
+    }
+
+    /// A TPM that another program plays: QEMU is connected to it.
+    fn tpms(&mut self) -> Vec<Element> {
+        let mut found = Vec::new();
+        for (index, device) in self.all_devices() {
+            let model = match device.get("driver").as_deref() {
+                Some(driver @ ("tpm-tis" | "tpm-crb")) => driver.to_owned(),
+                _ => continue,
+            };
+            let id = device.get("tpmdev").unwrap_or_default();
+            let mut backends = self.arguments.options("tpmdev");
+            let backend = backends.find(|(_, it)| it.properties().get("id").as_ref() == Some(&id));
+            let Some((backend_index, backend)) = backend else {
+                continue;
+            };
+            let backend = backend.properties();
+            if backend.get("type").as_deref() != Some("emulator") {
+                continue;
+            }
+            let chardev = backend.get("chardev").unwrap_or_default();
+            let mut chardevs = self.arguments.options("chardev");
+            let is_it =
+                |it: &crate::config::Argument| it.properties().get("id").as_ref() == Some(&chardev);
+            if let Some((index, _)) = chardevs.find(|(_, it)| is_it(it)) {
+                self.told.insert(index);
+            }
+            let version = Element::new("backend")
+                .attribute("type", "emulator")
+                .attribute("version", "2.0");
+            let written = Element::new("tpm").attribute("model", model).child(version);
+            found.push(written.children(alias(&device)));
+            self.tell(index, &device, &["driver", "id", "tpmdev"]);
+            self.tell(backend_index, &backend, &["type", "id", "chardev"]);
+        }
+        found
+    }
+
+    /// The codecs of sound cards, each with its card's id: argument, device, card.
+    fn codecs(&self) -> Vec<(usize, Properties, String)> {
+        let devices = self.all_devices().into_iter();
+        let codecs = devices.filter_map(|(index, device)| {
+            let driver = device.get("driver")?;
+            let is_codec = matches!(driver.as_str(), "hda-duplex" | "hda-micro" | "hda-output");
+            let card = device.get("bus")?.strip_suffix(".0")?.to_owned();
+            is_codec.then_some((index, device, card))
+        });
+        codecs.collect()
+    }
+
+    /// A codec is what its card has without being told, if it is the usual one.
+    fn tell_codecs(&mut self, codecs: Vec<(usize, Properties, String)>, cards: &[Element]) {
+        for (index, device, card) in codecs {
+            let alias = format!("ua-{card}");
+            let has_card = cards.iter().any(|card| {
+                let name = card.find("alias").and_then(|it| it.get("name"));
+                name == Some(alias.as_str())
+            });
+            if has_card && device.get("driver").as_deref() == Some("hda-duplex") {
+                self.told.insert(index);
+            }
+        }
+    }
+
+    fn audios(&mut self) -> Vec<Element> {
+        let audiodevs: Vec<Device> = self
+            .arguments
+            .options("audiodev")
+            .map(|(index, argument)| (index, argument.properties()))
+            .collect();
+        let mut found = Vec::new();
+        for (index, audio) in audiodevs {
+            let kind = match audio.get("driver").as_deref() {
+                Some(kind @ ("none" | "spice")) => kind.to_owned(),
+                _ => continue,
+            };
+            let Some(id) = audio.get("id").and_then(|id| audio_id(&id)) else {
+                continue;
+            };
+            found.push(
+                Element::new("audio")
+                    .attribute("id", id)
+                    .attribute("type", kind),
+            );
+            self.tell(index, &audio, &["driver", "id"]);
+        }
+        found
+    }
+
+    /// The place in the order of booting. libvirt counts from 1; QEMU from where it is told.
+    pub(super) fn boot_order(&self, device: &Properties) -> Option<Element> {
+        let index = |device: &Properties| device.get("bootindex")?.parse::<u32>().ok();
+        let begins_at_0 = self
+            .all_devices()
+            .iter()
+            .any(|(_, device)| index(device) == Some(0));
+        let order = index(device)?.saturating_add(u32::from(begins_at_0));
+        Some(Element::new("boot").attribute("order", order))
+    }
 }
 
-/// A driver and the attributes of its element.
-type Row = (&'static str, &'static [(&'static str, &'static str)]);
+/// A driver, the attributes of its element, and for properties the child (or the element itself) and its attribute.
+type Row = (
+    &'static str,
+    &'static [(&'static str, &'static str)],
+    &'static [(&'static str, &'static str, &'static str)],
+);
 
-const INPUTS: [Row; 3] = [
-    ("usb-tablet", &[("type", "tablet"), ("bus", "usb")]),
-    ("usb-mouse", &[("type", "mouse"), ("bus", "usb")]),
-    ("usb-kbd", &[("type", "keyboard"), ("bus", "usb")]),
+const INPUTS: [Row; 6] = [
+    ("usb-tablet", &[("type", "tablet"), ("bus", "usb")], &[]),
+    ("usb-mouse", &[("type", "mouse"), ("bus", "usb")], &[]),
+    ("usb-kbd", &[("type", "keyboard"), ("bus", "usb")], &[]),
+    (
+        "virtio-tablet-pci",
+        &[("type", "tablet"), ("bus", "virtio")],
+        &[],
+    ),
+    (
+        "virtio-mouse-pci",
+        &[("type", "mouse"), ("bus", "virtio")],
+        &[],
+    ),
+    (
+        "virtio-keyboard-pci",
+        &[("type", "keyboard"), ("bus", "virtio")],
+        &[],
+    ),
 ];
 
 const BALLOONS: [Row; 2] = [
-    ("virtio-balloon-pci", &[("model", "virtio")]),
-    ("virtio-balloon", &[("model", "virtio")]),
+    (
+        "virtio-balloon-pci",
+        &[("model", "virtio")],
+        &BALLOON_PROPERTIES,
+    ),
+    (
+        "virtio-balloon",
+        &[("model", "virtio")],
+        &BALLOON_PROPERTIES,
+    ),
 ];
 
-const CONTROLLERS: [(&str, &str, &str); 12] = [
-    ("pcie-root-port", "pci", "pcie-root-port"),
-    ("pci-bridge", "pci", "pci-bridge"),
-    ("pcie-pci-bridge", "pci", "pcie-to-pci-bridge"),
-    ("qemu-xhci", "usb", "qemu-xhci"),
-    ("nec-usb-xhci", "usb", "nec-xhci"),
-    ("piix3-usb-uhci", "usb", "piix3-uhci"),
-    ("usb-ehci", "usb", "ehci"),
-    ("ahci", "sata", ""),
-    ("virtio-scsi-pci", "scsi", "virtio-scsi"),
-    ("lsi", "scsi", "lsilogic"),
-    ("virtio-serial-pci", "virtio-serial", ""),
-    ("virtio-serial", "virtio-serial", ""),
+const BALLOON_PROPERTIES: [(&str, &str, &str); 2] = [
+    ("deflate-on-oom", "", "autodeflate"),
+    ("free-page-reporting", "", "freePageReporting"),
 ];
+
+/// `audiodev` is told by the card's `<audio>`.
+const SOUNDS: [Row; 4] = [
+    ("ich9-intel-hda", &[("model", "ich9")], &[]),
+    ("intel-hda", &[("model", "ich6")], &[]),
+    ("AC97", &[("model", "ac97")], &[]),
+    ("ES1370", &[("model", "es1370")], &[]),
+];
+
+const WATCHDOGS: [Row; 2] = [
+    ("i6300esb", &[("model", "i6300esb")], &[]),
+    ("ib700", &[("model", "ib700")], &[]),
+];
+
+const PANICS: [Row; 2] = [
+    ("pvpanic", &[("model", "isa")], &[]),
+    ("pvpanic-pci", &[("model", "pvpanic")], &[]),
+];
+
+const VSOCKS: [Row; 1] = [(
+    "vhost-vsock-pci",
+    &[("model", "virtio")],
+    &[("guest-cid", "cid", "address")],
+)];
+
+/// What `<driver>` says of every virtio device.
+pub(super) const VIRTIO_PROPERTIES: [&str; 4] = ["iommu_platform", "ats", "packed", "page-per-vq"];
+
+const NIC_PROPERTIES: [&str; 20] = [
+    "driver",
+    "id",
+    "netdev",
+    "mac",
+    "bus",
+    "addr",
+    "bootindex",
+    "host_mtu",
+    "mq",
+    "vectors",
+    "rx_queue_size",
+    "tx_queue_size",
+    "ioeventfd",
+    "event_idx",
+    "rss",
+    "hash",
+    "iommu_platform",
+    "ats",
+    "packed",
+    "page-per-vq",
+];
+
+/// `<driver>` of a virtio device, if there is something to say.
+pub(super) fn virtio_driver(device: &Properties) -> Option<Element> {
+    let driver = virtio_attributes(Element::new("driver"), device);
+    (!driver.attributes.is_empty()).then_some(driver)
+}
+
+pub(super) fn virtio_attributes(driver: Element, device: &Properties) -> Element {
+    driver
+        .attribute_if("iommu", device.get("iommu_platform"))
+        .attribute_if("ats", device.get("ats"))
+        .attribute_if("packed", device.get("packed"))
+        .attribute_if("page_per_vq", device.get("page-per-vq"))
+}
+
+fn nic_driver(frontend: &Properties, net: &Properties) -> Option<Element> {
+    let is_vhost = net.is_on("vhost").then_some("vhost");
+    let driver = Element::new("driver")
+        .attribute_if("name", is_vhost)
+        .attribute_if("ioeventfd", frontend.get("ioeventfd"))
+        .attribute_if("event_idx", frontend.get("event_idx"))
+        .attribute_if("queues", net.get("queues"))
+        .attribute_if("rx_queue_size", frontend.get("rx_queue_size"))
+        .attribute_if("tx_queue_size", frontend.get("tx_queue_size"))
+        .attribute_if("rss", frontend.get("rss"))
+        .attribute_if("rss_hash_report", frontend.get("hash"));
+    let driver = virtio_attributes(driver, frontend);
+    (!driver.attributes.is_empty()).then_some(driver)
+}
+
+/// `audio1` → 1.
+fn audio_id(id: &str) -> Option<u32> {
+    id.strip_prefix("audio")?.parse().ok()
+}
+
+/// libvirt's model of a virtio device.
+pub(super) fn virtio_model(driver: &str) -> &'static str {
+    match driver {
+        driver if driver.ends_with("-non-transitional") => "virtio-non-transitional",
+        driver if driver.ends_with("-transitional") => "virtio-transitional",
+        _ => "virtio",
+    }
+}
 
 const VGAS: [(&str, &str); 6] = [
     ("std", "vga"),
@@ -466,7 +605,7 @@ const VGAS: [(&str, &str); 6] = [
     ("none", "none"),
 ];
 
-const VIDEOS: [(&str, &str); 7] = [
+const VIDEOS: [(&str, &str); 9] = [
     ("VGA", "vga"),
     ("cirrus-vga", "cirrus"),
     ("vmware-svga", "vmvga"),
@@ -474,19 +613,17 @@ const VIDEOS: [(&str, &str); 7] = [
     ("virtio-vga", "virtio"),
     ("virtio-gpu-pci", "virtio"),
     ("bochs-display", "bochs"),
+    ("ramfb", "ramfb"),
+    ("qxl", "qxl"),
 ];
 
 fn nic_model(driver: &str) -> &str {
     match driver {
         "virtio-net-pci" | "virtio-net" => "virtio",
+        "virtio-net-pci-transitional" => "virtio-transitional",
+        "virtio-net-pci-non-transitional" => "virtio-non-transitional",
         other => other,
     }
-}
-
-pub(super) fn boot_order(device: &Properties) -> Option<Element> {
-    let order = device.get("bootindex")?.parse::<u32>().ok()?;
-    // libvirt counts from 1, QEMU from 0.
-    Some(Element::new("boot").attribute("order", order.saturating_add(1)))
 }
 
 /// libvirt takes an id of somebody else's choice only with this prefix.
@@ -496,43 +633,4 @@ pub(super) fn alias(device: &Properties) -> Option<Element> {
         .bytes()
         .all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
     legal.then(|| Element::new("alias").attribute("name", format!("ua-{id}")))
-}
-
-/// libvirt's type of a character device, and its source.
-fn chardev_source(resource: &Resource) -> Option<(&'static str, Option<Element>)> {
-    let backend = &resource.backend;
-    let path = backend.path.as_ref();
-    let mode = if backend.is_server { "bind" } else { "connect" };
-    Some(match backend.kind.as_str() {
-        "file" => {
-            let source = Element::new("source")
-                .attribute("path", path?)
-                .attribute("append", "on");
-            ("file", Some(source))
-        }
-        "pty" => ("pty", None),
-        "null" => ("null", None),
-        "vc" => ("vc", None),
-        "stdio" => ("stdio", None),
-        "serial" => ("dev", Some(Element::new("source").attribute("path", path?))),
-        "socket" => match path {
-            Some(path) => (
-                "unix",
-                Some(
-                    Element::new("source")
-                        .attribute("mode", mode)
-                        .attribute("path", path),
-                ),
-            ),
-            None => {
-                let source = Element::new("source").attribute("mode", mode);
-                let source = source.attribute("host", backend.host.as_deref().unwrap_or_default());
-                (
-                    "tcp",
-                    Some(source.attribute("service", backend.port.as_deref()?)),
-                )
-            }
-        },
-        _ => return None,
-    })
 }

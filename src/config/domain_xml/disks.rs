@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::Story;
-use super::devices::{Device, alias, boot_order};
+use super::devices::{Device, VIRTIO_PROPERTIES, alias, virtio_attributes};
 use crate::config::resources::{Resource, ResourceKind};
 use crate::config::xml::Element;
 
@@ -49,13 +49,19 @@ impl Story<'_> {
     }
 
     fn tell_nodes(&mut self, protocol: usize, names: Vec<String>) {
-        const NODE: [&str; 6] = [
+        const NODE: [&str; 12] = [
             "driver",
             "node-name",
             "file",
             "filename",
             "read-only",
             "file.driver",
+            "cache.direct",
+            "cache.no-flush",
+            "aio",
+            "discard",
+            "detect-zeroes",
+            "auto-read-only",
         ];
         let nodes: Vec<Device> = self
             .arguments
@@ -99,17 +105,69 @@ impl Story<'_> {
             *letter += 1;
             self.tell_block(resource);
             let user = self.disk_device(resource);
-            let address = user.as_ref().and_then(|(_, user)| self.address(user));
+            let told = Told {
+                driver: self.disk_driver(resource, user.as_ref()),
+                boot: user.as_ref().and_then(|(_, user)| self.boot_order(user)),
+                address: user.as_ref().and_then(|(_, user)| self.address(user)),
+            };
             found.push(disk(
                 resource,
                 device,
                 source,
                 (&target, bus),
                 user.as_ref(),
-                address,
+                told,
             ));
             if let Some((index, device)) = user {
-                self.tell(index, &device, &DISK_PROPERTIES);
+                let known = [&DISK_PROPERTIES[..], &VIRTIO_PROPERTIES].concat();
+                self.tell(index, &device, &known);
+                let identity = device.get("device_id").unwrap_or_default();
+                let serial = device.get("serial");
+                // What the guest reads if nobody says otherwise.
+                if serial.is_none_or(|serial| serial == identity) || identity.starts_with("drive-")
+                {
+                    self.forgive(index, &[&format!("device_id={identity}")]);
+                }
+            }
+        }
+        found.extend(self.empty_drives(&mut letters));
+        found
+    }
+
+    /// Drives that have never had a medium: no argument but their own tells of them.
+    fn empty_drives(&mut self, letters: &mut BTreeMap<&'static str, u8>) -> Vec<Element> {
+        let mut found = Vec::new();
+        for (index, device) in self.all_devices() {
+            let (kind, bus, prefix) = match device.get("driver").as_deref() {
+                Some("ide-cd") if self.is_q35() => ("cdrom", "sata", "sd"),
+                Some("ide-cd") => ("cdrom", "ide", "hd"),
+                Some("scsi-cd") => ("cdrom", "scsi", "sd"),
+                Some("floppy") => ("floppy", "fdc", "fd"),
+                _ => continue,
+            };
+            if device.get("drive").is_some() || self.told.contains(&index) {
+                continue;
+            }
+            let letter = letters.entry(prefix).or_default();
+            let name = format!("{prefix}{}", char::from(b'a' + (*letter).min(25)));
+            *letter += 1;
+            let target = Element::new("target")
+                .attribute("dev", name)
+                .attribute("bus", bus);
+            found.push(
+                Element::new("disk")
+                    .attribute("type", "file")
+                    .attribute("device", kind)
+                    .child(target)
+                    .children((kind == "cdrom").then(|| Element::new("readonly")))
+                    .children(self.boot_order(&device))
+                    .children(alias(&device))
+                    .children(self.address(&device)),
+            );
+            self.tell(index, &device, &DISK_PROPERTIES);
+            let identity = device.get("device_id").unwrap_or_default();
+            if identity.starts_with("drive-") {
+                self.forgive(index, &[&format!("device_id={identity}")]);
             }
         }
         found
@@ -122,6 +180,52 @@ impl Story<'_> {
                 .or_else(|| self.device_with("id", name))
         });
         found.next()
+    }
+
+    /// `<driver>`: the format, and how the host treats the file; nodes say that once for the format, once for the file.
+    fn disk_driver(&self, resource: &Resource, user: Option<&Device>) -> Element {
+        let format = resource.backend.format.as_deref();
+        let format = match format {
+            Some("file" | "host_device" | "host_cdrom") => Some("raw"),
+            other => other,
+        };
+        let file = resource
+            .argument
+            .and_then(|index| self.arguments.items.get(index));
+        let file = file.filter(|it| it.name() == Some("blockdev"));
+        let file = file.map(|it| it.properties());
+        let of_file = |key: &str| file.as_ref().and_then(|file| file.get(key));
+        let device = user.map(|(_, device)| device);
+        let of_device = |key: &str| device.and_then(|device| device.get(key));
+        let is = |value: Option<String>| value.as_deref() == Some("on");
+        let has_cache = of_file("cache.direct").is_some() || of_device("write-cache").is_some();
+        let has_write_cache = of_device("write-cache").as_deref() != Some("off");
+        let cache = match (is(of_file("cache.direct")), is(of_file("cache.no-flush"))) {
+            _ if !has_cache => None,
+            (_, true) => Some("unsafe"),
+            (true, false) if has_write_cache => Some("none"),
+            (true, false) => Some("directsync"),
+            (false, false) if has_write_cache => Some("writeback"),
+            (false, false) => Some("writethrough"),
+        };
+        let iothread = of_device("iothread");
+        let iothread = iothread.and_then(|id| Some(id.strip_prefix("iothread")?.to_owned()));
+        let has_format = format.is_some();
+        let driver = Element::new("driver")
+            .attribute_if("name", has_format.then_some("qemu"))
+            .attribute_if("type", format)
+            .attribute_if("cache", cache)
+            .attribute_if("io", of_file("aio"))
+            .attribute_if("iothread", iothread)
+            .attribute_if("queues", of_device("num-queues"))
+            .attribute_if("queue_size", of_device("queue-size"))
+            .attribute_if("ioeventfd", of_device("ioeventfd"))
+            .attribute_if("event_idx", of_device("event_idx"))
+            .attribute_if("detect_zeroes", of_file("detect-zeroes"));
+        match device {
+            Some(device) => virtio_attributes(driver, device),
+            None => driver,
+        }
     }
 
     /// libvirt's bus and the beginning of the target's name; `None` for what libvirt has no disk for.
@@ -142,7 +246,7 @@ impl Story<'_> {
     }
 }
 
-const DISK_PROPERTIES: [&str; 8] = [
+const DISK_PROPERTIES: [&str; 25] = [
     "driver",
     "id",
     "drive",
@@ -151,7 +255,31 @@ const DISK_PROPERTIES: [&str; 8] = [
     "bootindex",
     "serial",
     "unit",
+    "channel",
+    "scsi-id",
+    "lun",
+    "port",
+    "removable",
+    "write-cache",
+    "num-queues",
+    "queue-size",
+    "ioeventfd",
+    "event_idx",
+    "iothread",
+    "logical_block_size",
+    "physical_block_size",
+    "discard_granularity",
+    "rotation_rate",
+    "vendor",
+    "product",
 ];
+
+/// What is told of a disk's device.
+struct Told {
+    driver: Element,
+    boot: Option<Element>,
+    address: Option<Element>,
+}
 
 /// `type` of the disk and its source; `None` for what is neither a file nor a device here.
 fn disk_source(resource: &Resource) -> Option<(&'static str, Option<Element>)> {
@@ -172,34 +300,33 @@ fn disk(
     (kind, source): (&str, Option<Element>),
     (target, bus): (&str, &str),
     user: Option<&Device>,
-    address: Option<Element>,
+    told: Told,
 ) -> Element {
-    let format = resource.backend.format.as_deref();
-    let format = match format {
-        Some("file" | "host_device" | "host_cdrom") => Some("raw"),
-        other => other,
-    };
-    let driver = format.map(|format| {
-        Element::new("driver")
-            .attribute("name", "qemu")
-            .attribute("type", format)
-    });
     let user = user.map(|(_, device)| device);
-    let serial = user.and_then(|device| device.get("serial"));
-    let written = Element::new("disk")
+    let get = |key: &str| user.and_then(|device| device.get(key));
+    let removable = get("removable").filter(|_| bus == "usb");
+    let target = Element::new("target")
+        .attribute("dev", target)
+        .attribute("bus", bus)
+        .attribute_if("removable", removable)
+        .attribute_if("rotation_rate", get("rotation_rate"));
+    let block = Element::new("blockio")
+        .attribute_if("logical_block_size", get("logical_block_size"))
+        .attribute_if("physical_block_size", get("physical_block_size"))
+        .attribute_if("discard_granularity", get("discard_granularity"));
+    let text = |name: &'static str| get(name).map(|text| Element::with_text(name, text));
+    Element::new("disk")
         .attribute("type", kind)
         .attribute("device", device)
-        .children(driver)
+        .children((!told.driver.attributes.is_empty()).then_some(told.driver))
         .children(source)
-        .child(
-            Element::new("target")
-                .attribute("dev", target)
-                .attribute("bus", bus),
-        );
-    written
+        .children((!block.attributes.is_empty()).then_some(block))
+        .child(target)
         .children((resource.read_only || device == "cdrom").then(|| Element::new("readonly")))
-        .children(serial.map(|serial| Element::with_text("serial", serial)))
-        .children(user.and_then(boot_order))
+        .children(text("serial"))
+        .children(text("vendor"))
+        .children(text("product"))
+        .children(told.boot)
         .children(user.and_then(alias))
-        .children(address)
+        .children(told.address)
 }

@@ -7,18 +7,20 @@
 //!
 //! Source: libvirt's documentation of the domain format.
 
+mod controllers;
 mod devices;
 mod disks;
 mod identity;
+mod machine;
+mod ports;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use super::arguments::{Argument, Arguments};
 use super::properties::{Properties, is_yes};
-use super::resources::{ResourceKind, ResourceTable, is_monitor_only};
-use super::restore_arguments::DROPPED;
+use super::resources::{ResourceKind, ResourceTable};
 use super::xml::{Document, Element};
 
 pub use identity::{Identity, read_identity};
@@ -50,6 +52,20 @@ pub struct DomainFacts {
     pub emulator: String,
     /// The directory that relative paths start from; libvirt takes absolute ones only.
     pub directory: String,
+    /// Where QEMU put devices whose arguments leave that to it, by argument.
+    #[serde(default)]
+    pub places: BTreeMap<usize, PciPlace>,
+}
+
+/// A place on a PCI bus.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciPlace {
+    /// The bus's name: `pcie.0`, or the id of the bridge whose it is.
+    pub bus: String,
+    /// The slot.
+    pub slot: u8,
+    /// The function.
+    pub function: u8,
 }
 
 /// The domain XML of a guest.
@@ -60,10 +76,14 @@ pub fn domain_xml(arguments: &Arguments, resources: &ResourceTable, facts: &Doma
     let features = story.features();
     let cpu = story.cpu();
     let clock = story.clock();
+    let pm = story.pm();
     let on_reboot = story.on_reboot();
     story.note_machine();
     story.note_known();
     let devices = story.devices();
+    let memory_backing = story.memory_backing();
+    let iothreads = story.iothreads();
+    let vcpu = story.vcpu();
     let commandline = story.commandline();
     let domain_type = if facts.accelerator == "kvm" {
         "kvm"
@@ -81,12 +101,15 @@ pub fn domain_xml(arguments: &Arguments, resources: &ResourceTable, facts: &Doma
         .children(story.metadata())
         .child(Element::with_text("memory", facts.memory_bytes).attribute("unit", "b"))
         .child(Element::with_text("currentMemory", facts.memory_bytes).attribute("unit", "b"))
-        .child(vcpu(facts))
+        .children(memory_backing)
+        .child(vcpu)
+        .children(iothreads)
         .child(os)
         .children(features)
         .children(cpu)
         .child(clock)
         .children(on_reboot)
+        .children(pm)
         .child(devices)
         .children(commandline);
     Document::new(domain).write_indented()
@@ -109,13 +132,8 @@ fn absolute(directory: &str, path: String) -> String {
     }
 }
 
-fn vcpu(facts: &DomainFacts) -> Element {
-    let max = facts.max_vcpus.max(facts.vcpus);
-    let current = (max != facts.vcpus).then_some(facts.vcpus);
-    Element::with_text("vcpu", max)
-        .attribute("placement", "static")
-        .attribute_if("current", current)
-}
+/// Properties that an address tells, if it can be told.
+const PLACES: [&str; 4] = ["bus", "addr", "nr", "lun"];
 
 /// What the arguments say, and which of them have been told in XML so far.
 struct Story<'a> {
@@ -146,14 +164,25 @@ impl<'a> Story<'a> {
     fn tell(&mut self, index: usize, properties: &Properties, known: &[&str]) {
         self.told.insert(index);
         let has_address = self.address(properties).is_some();
-        let is_told =
-            |key: &str| known.contains(&key) && (has_address || !matches!(key, "bus" | "addr"));
+        let is_told = |key: &str| known.contains(&key) && (has_address || !PLACES.contains(&key));
         let leaves = properties.leaves().into_iter();
         let rest = leaves.filter(|(key, _)| !is_told(key));
         let rest: Vec<String> = rest.map(|(key, value)| format!("{key}={value}")).collect();
         if !rest.is_empty() {
             self.untold.push((index, rest.join(",")));
         }
+    }
+
+    /// Takes properties off those that have no counterpart: what they say holds without being told.
+    fn forgive(&mut self, index: usize, properties: &[&str]) {
+        for (of, rest) in &mut self.untold {
+            if *of == index {
+                let kept: Vec<&str> = rest.split(',').collect();
+                let kept = kept.into_iter().filter(|it| !properties.contains(it));
+                *rest = kept.collect::<Vec<_>>().join(",");
+            }
+        }
+        self.untold.retain(|(_, rest)| !rest.is_empty());
     }
 
     /// The value of an option that is told as a whole.
@@ -211,7 +240,7 @@ impl<'a> Story<'a> {
             return Vec::new();
         };
         let boot = argument.properties();
-        self.tell(index, &boot, &["order", "menu"]);
+        self.tell(index, &boot, &["order", "menu", "strict", "splash-time"]);
         let order = boot.get("order").unwrap_or_default();
         let device = |drive| match drive {
             'a' => Some("fd"),
@@ -225,153 +254,11 @@ impl<'a> Story<'a> {
             .filter_map(device)
             .map(|name| Element::new("boot").attribute("dev", name));
         let menu = boot.get("menu").map(|menu| {
-            Element::new("bootmenu").attribute("enable", if is_yes(&menu) { "yes" } else { "no" })
+            Element::new("bootmenu")
+                .attribute("enable", if is_yes(&menu) { "yes" } else { "no" })
+                .attribute_if("timeout", boot.get("splash-time"))
         });
         devices.chain(menu).collect()
-    }
-
-    fn machine_property(&self, key: &str) -> Option<String> {
-        let mut machines = self.arguments.options("machine");
-        machines
-            .rfind(|(_, machine)| machine.properties().get(key).is_some())?
-            .1
-            .properties()
-            .get(key)
-    }
-
-    fn features(&mut self) -> Option<Element> {
-        let no_acpi = self.take("no-acpi").is_some();
-        let is_off = self
-            .machine_property("acpi")
-            .is_some_and(|acpi| !is_yes(&acpi));
-        let acpi = (!no_acpi && !is_off).then(|| Element::new("acpi"));
-        let switch = |name, key| {
-            let state = self.machine_property(key)?;
-            Some(Element::new(name).attribute("state", if is_yes(&state) { "on" } else { "off" }))
-        };
-        let rest = [switch("smm", "smm"), switch("vmport", "vmport")];
-        let all: Vec<Element> = acpi.into_iter().chain(rest.into_iter().flatten()).collect();
-        (!all.is_empty()).then(|| Element::new("features").children(all))
-    }
-
-    fn cpu(&mut self) -> Option<Element> {
-        let facts = self.facts;
-        let topology = facts.topology.map(|(sockets, cores, threads)| {
-            Element::new("topology")
-                .attribute("sockets", sockets)
-                .attribute("cores", cores)
-                .attribute("threads", threads)
-        });
-        let Some((index, argument)) = self.arguments.options("cpu").next_back() else {
-            return topology.map(|topology| Element::new("cpu").child(topology));
-        };
-        let properties = argument.properties();
-        let model = properties.get("model").unwrap_or_default();
-        let mut features = Vec::new();
-        let mut known = vec!["model".to_owned()];
-        for (key, value) in properties.leaves() {
-            let plain = key.strip_prefix(['+', '-']).unwrap_or(&key).to_owned();
-            let policy = match (key.chars().next(), value.as_str()) {
-                (Some('-'), _) | (_, "off" | "no" | "false") => "disable",
-                (Some('+'), _) | (_, "on" | "yes" | "true") => "require",
-                _ => continue,
-            };
-            // Switches of KVM and Hyper-V are no CPU features to libvirt.
-            if ["hv-", "hv_", "kvm", "migratable"]
-                .iter()
-                .any(|prefix| plain.starts_with(prefix))
-            {
-                continue;
-            }
-            features.push(
-                Element::new("feature")
-                    .attribute("policy", policy)
-                    .attribute("name", plain),
-            );
-            known.push(key);
-        }
-        let known: Vec<&str> = known.iter().map(String::as_str).collect();
-        self.tell(index, &properties, &known);
-        let cpu = match model.as_str() {
-            "host" => Element::new("cpu").attribute("mode", "host-passthrough"),
-            "max" => Element::new("cpu").attribute("mode", "maximum"),
-            _ => Element::new("cpu")
-                .attribute("mode", "custom")
-                .attribute("match", "exact")
-                .attribute("check", "none")
-                .child(Element::with_text("model", &model).attribute("fallback", "forbid")),
-        };
-        Some(cpu.children(topology).children(features))
-    }
-
-    fn clock(&mut self) -> Element {
-        let Some((index, argument)) = self.arguments.options("rtc").next_back() else {
-            return Element::new("clock").attribute("offset", "utc");
-        };
-        let rtc = argument.properties();
-        self.tell(index, &rtc, &["base"]);
-        match rtc.get("base").as_deref() {
-            Some("localtime") => Element::new("clock").attribute("offset", "localtime"),
-            Some("utc") | None => Element::new("clock").attribute("offset", "utc"),
-            Some(_) => {
-                self.untold.push((index, "base".to_owned()));
-                Element::new("clock").attribute("offset", "utc")
-            }
-        }
-    }
-
-    fn on_reboot(&mut self) -> Option<Element> {
-        self.take("no-reboot")
-            .map(|_| Element::with_text("on_reboot", "destroy"))
-    }
-
-    fn note_machine(&mut self) {
-        const KNOWN: [&str; 7] = [
-            "type", "accel", "acpi", "smm", "vmport", "pflash0", "pflash1",
-        ];
-        for (index, argument) in self.arguments.options("machine") {
-            self.tell(index, &argument.properties(), &KNOWN);
-        }
-    }
-
-    /// Options that the facts tell, or that say how QEMU was run.
-    fn note_known(&mut self) {
-        const KNOWN: [&str; 7] = [
-            "uuid",
-            "nodefaults",
-            "no-user-config",
-            "enable-kvm",
-            "no-shutdown",
-            "msg",
-            "nodefconfig",
-        ];
-        for (index, argument) in self.arguments.items.iter().enumerate() {
-            let name = argument.name().unwrap_or_default();
-            match name {
-                _ if KNOWN.contains(&name) || DROPPED.contains(&name) => {
-                    self.told.insert(index);
-                }
-                "chardev" => {
-                    let id = argument.properties().get("id").unwrap_or_default();
-                    if is_monitor_only(self.arguments, &id) {
-                        self.told.insert(index);
-                    }
-                }
-                "m" => self.tell(index, &argument.properties(), &["size"]),
-                "accel" => self.tell(index, &argument.properties(), &["accel"]),
-                "smp" => self.tell(
-                    index,
-                    &argument.properties(),
-                    &["cpus", "maxcpus", "sockets", "cores", "threads"],
-                ),
-                "display"
-                    if matches!(argument.value(), Some("none" | "gtk" | "sdl" | "curses")) =>
-                {
-                    self.told.insert(index);
-                }
-                _ => {}
-            }
-        }
     }
 
     fn rest(&self) -> impl Iterator<Item = (usize, &'a Argument)> + '_ {

@@ -13,6 +13,7 @@ fn facts(machine: &str) -> DomainFacts {
         accelerator: "kvm".into(),
         emulator: "/usr/bin/qemu-system-x86_64".into(),
         directory: "/srv/vm".into(),
+        places: Default::default(),
     }
 }
 
@@ -67,10 +68,14 @@ fn relative_paths_start_from_the_directory_qemu_ran_in() {
 
 #[test]
 fn a_property_without_counterpart_is_listed() {
-    let xml = xml_of("-nodefaults -device virtio-balloon-pci,free-page-reporting=on");
-    assert!(xml.contains(r#"<memballoon model="virtio"/>"#), "{xml}");
+    let xml =
+        xml_of("-nodefaults -device virtio-balloon-pci,free-page-reporting=on,page-poison=off");
     assert!(
-        xml.contains(r#"<vmstow:property index="1">free-page-reporting=on</vmstow:property>"#),
+        xml.contains(r#"<memballoon model="virtio" freePageReporting="on"/>"#),
+        "{xml}"
+    );
+    assert!(
+        xml.contains(r#"<vmstow:property index="1">page-poison=off</vmstow:property>"#),
         "{xml}"
     );
     assert!(!xml.contains("qemu:commandline"), "{xml}");

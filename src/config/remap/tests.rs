@@ -122,6 +122,21 @@ fn a_network_gets_another_backend_and_its_nic_stays() {
             "net:n=user",
             "-netdev user,id=n",
         ),
+        (
+            "-netdev tap,id=n",
+            "net:n=passt=/run/p",
+            "-netdev stream,server=off,addr.type=unix,addr.path=/run/p,id=n",
+        ),
+        (
+            "-netdev user,id=n,net=10.1.0.0/24,hostfwd=tcp::1-:2",
+            "net:n=bridge=br0",
+            "-netdev user,id=vmstow-slirp-n,restrict=on,net=10.1.0.0/24 -netdev bridge,br=br0,id=n",
+        ),
+        (
+            r#"-netdev {"type":"user","id":"n"}"#,
+            "net:n=tap=t",
+            r#"-netdev {"id":"vmstow-slirp-n","restrict":true,"type":"user"} -netdev tap,ifname=t,script=no,downscript=no,id=n"#,
+        ),
     ] {
         assert_eq!(remapped(line, remap), expected);
     }
@@ -193,7 +208,10 @@ fn backends_whose_state_is_in_the_stream_are_warned_about() {
         .warnings;
     let expected = [
         Warning::SlirpState { id: "u".into() },
-        Warning::NicOffloads { id: "t".into() },
+        Warning::NicOffloads {
+            id: "t".into(),
+            backend: "user",
+        },
     ];
     assert_eq!(warnings, expected);
     assert_eq!(try_remap(line, &["net:u=user"]).unwrap().warnings, []);

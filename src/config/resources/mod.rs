@@ -22,6 +22,9 @@ pub(super) const OWN_PREFIX: &str = "vmstow-";
 /// As [`OWN_PREFIX`], for log files that stand in for a terminal.
 pub(super) const OWN_LOG_PREFIX: &str = "vmstow-log-";
 
+/// A prefix of the ids of user networks that only load the state of one that was remapped; they are no resources.
+pub(super) const OWN_SLIRP_PREFIX: &str = "vmstow-slirp-";
+
 /// What sort of resource it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,6 +1,6 @@
 //! Networks, character devices, shares, firmware, TPMs and displays.
 
-use super::{Backend, OWN_LOG_PREFIX, OWN_PREFIX, Resource, ResourceKind};
+use super::{Backend, OWN_LOG_PREFIX, OWN_PREFIX, OWN_SLIRP_PREFIX, Resource, ResourceKind};
 use crate::config::arguments::Arguments;
 use crate::config::properties::Properties;
 
@@ -20,25 +20,36 @@ pub(super) fn networks(arguments: &Arguments) -> Vec<Resource> {
         let id = net
             .get("id")
             .unwrap_or_else(|| format!("nic{}", found.len()));
-        let frontend = match name {
-            "netdev" => nic_using(arguments, &id),
+        if id.starts_with(OWN_SLIRP_PREFIX) {
+            continue;
+        }
+        let device = device_with(arguments, "netdev", &id).filter(|_| name == "netdev");
+        let frontend = match (name, &device) {
+            ("netdev", device) => device.as_ref().and_then(|device| device.get("driver")),
             _ => net.get("model"),
         };
         found.push(Resource {
             frontend,
+            aliases: other_id(device.as_ref(), &id),
             ..Resource::new(ResourceKind::Nic, id, index, net_backend(kind, &net))
         });
     }
     found
 }
 
-fn nic_using(arguments: &Arguments, netdev: &str) -> Option<String> {
+/// The first `-device` that uses `id` as its `key`.
+fn device_with(arguments: &Arguments, key: &str, id: &str) -> Option<Properties> {
     let mut devices = arguments.options("device");
     devices.find_map(|(_, device)| {
         let device = device.properties();
-        let is_user = device.get("netdev").as_deref() == Some(netdev);
-        device.get("driver").filter(|_| is_user)
+        (device.get(key).as_deref() == Some(id)).then_some(device)
     })
+}
+
+/// The id of the device in front of a backend, by which the backend can be called too.
+fn other_id(device: Option<&Properties>, id: &str) -> Vec<String> {
+    let own = device.and_then(|device| device.get("id"));
+    own.filter(|own| own != id).into_iter().collect()
 }
 
 fn net_backend(kind: String, net: &Properties) -> Backend {
@@ -104,18 +115,20 @@ pub(super) fn chardevs(arguments: &Arguments) -> Vec<Resource> {
 
 fn named_chardev(arguments: &Arguments, index: usize, chardev: &Properties) -> Option<Resource> {
     let id = chardev.get("id")?;
-    if is_monitor_only(arguments, &id) {
+    if is_monitor_only(arguments, &id) || is_of_tpm(arguments, &id) {
         return None;
     }
     let own = id
         .strip_prefix(OWN_LOG_PREFIX)
         .or_else(|| id.strip_prefix(OWN_PREFIX));
     let shown = own.unwrap_or(&id).to_owned();
-    let aliases = own.map(|_| id.clone()).into_iter().collect();
+    let device = device_with(arguments, "chardev", &id);
+    let mut aliases: Vec<String> = own.map(|_| id.clone()).into_iter().collect();
+    aliases.extend(other_id(device.as_ref(), &shown));
     let backend = chardev_backend(chardev);
     Some(Resource {
         aliases,
-        frontend: device_with_chardev(arguments, &id),
+        frontend: device.and_then(|device| device.get("driver")),
         ..Resource::new(ResourceKind::Chardev, shown, index, backend)
     })
 }
@@ -132,13 +145,10 @@ fn attach(found: &mut [Resource], chardev: &str, port: &str) {
     }
 }
 
-fn device_with_chardev(arguments: &Arguments, chardev: &str) -> Option<String> {
-    let mut devices = arguments.options("device");
-    devices.find_map(|(_, device)| {
-        let device = device.properties();
-        let is_user = device.get("chardev").as_deref() == Some(chardev);
-        device.get("driver").filter(|_| is_user)
-    })
+/// Whether a character device leads to a TPM emulator, which is a resource itself.
+fn is_of_tpm(arguments: &Arguments, chardev: &str) -> bool {
+    let mut tpms = arguments.options("tpmdev");
+    tpms.any(|(_, tpm)| tpm.properties().get("chardev").as_deref() == Some(chardev))
 }
 
 /// Whether a character device serves monitors and nothing else.
@@ -272,9 +282,11 @@ pub(super) fn firmware_and_kernel(arguments: &Arguments) -> Vec<Resource> {
 pub(super) fn tpms(arguments: &Arguments) -> Vec<Resource> {
     let tpms = arguments.options("tpmdev").map(|(index, argument)| {
         let tpm = argument.properties();
+        let chardev = tpm.get("chardev");
+        let socket = chardev.as_deref().and_then(|id| socket_of(arguments, id));
         let backend = Backend {
-            path: tpm.get("path"),
-            host: tpm.get("chardev"),
+            path: tpm.get("path").or(socket),
+            host: chardev,
             ..Backend::of_type(tpm.get("type").unwrap_or_default())
         };
         Resource::new(
@@ -285,6 +297,13 @@ pub(super) fn tpms(arguments: &Arguments) -> Vec<Resource> {
         )
     });
     tpms.collect()
+}
+
+/// The path of a character device.
+fn socket_of(arguments: &Arguments, chardev: &str) -> Option<String> {
+    let mut chardevs = arguments.options("chardev");
+    let found = chardevs.find(|(_, it)| it.properties().get("id").as_deref() == Some(chardev));
+    found?.1.properties().get("path")
 }
 
 /// `-vnc`, `-display vnc=` and `-spice`.

@@ -52,7 +52,6 @@ fn every_kind_is_found() {
         [
             "disk:ide0-hd0",
             "nic:n",
-            "chardev:c",
             "chardev:serial0",
             "share:t",
             "firmware:bios",

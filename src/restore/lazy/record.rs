@@ -1,15 +1,10 @@
 //! The working set: what a guest asked for first, kept in its image for later restores.
 
 use super::desk::Slot;
-use crate::bytes::Sink;
-use crate::container::{
-    ChunkPages, Edit, Image, SectionType, Signature, sign_payload, working_set_payload,
-};
+use crate::container::{ChunkPages, Image, SectionType, working_set_payload};
 use crate::error::Result;
-use crate::host::keys::SigningKey;
-use crate::image::{OpenedImage, Trust};
-use crate::restore::RestoreError;
-use crate::store::{FileAppender, FileSource};
+use crate::image::{self, OpenedImage};
+use crate::store::FileSource;
 use crate::units::ChunkIndex;
 
 /// What an earlier restore recorded, as places among the chunks that hold pages. A record that cannot be read is as good
@@ -30,22 +25,12 @@ pub fn write(opened: OpenedImage, chunks: &[ChunkIndex]) -> Result<()> {
     let Some(path) = opened.location().path().map(std::path::Path::to_owned) else {
         return Ok(());
     };
-    let is_ours = Trust::of(opened.image())?.is_trusted();
+    let seen = opened.image().statement();
     // Our own shared lock would keep us away.
     drop(opened);
-    let mut appender = FileAppender::open(&path)?;
-    let copy = appender.file().try_clone();
-    let failed = |source| RestoreError::NotRecorded { source };
-    let image = Image::open(FileSource::from(copy.map_err(failed)?))?;
-    let mut edit = Edit::begin(&image, &mut appender)?;
-    edit.replace(SectionType::WorkingSet, &working_set_payload(chunks))?;
-    if is_ours {
-        edit.remove(SectionType::Signature)?;
-        let statement = edit.statement();
-        let armored = SigningKey::load_or_create()?.sign(&statement)?;
-        let signature = sign_payload(&Signature { statement, armored })?;
-        edit.add(SectionType::Signature, &signature)?;
-    }
-    edit.finish()?;
-    Ok(appender.sync().map_err(failed)?)
+    image::change(&path, Some(&seen), |edit| {
+        edit.replace(SectionType::WorkingSet, &working_set_payload(chunks))?;
+        Ok(())
+    })?;
+    Ok(())
 }
