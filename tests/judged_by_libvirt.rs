@@ -11,13 +11,13 @@ mod support;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
-use support::{PATIENCE, Qemu, Qmp, TestDir, testdata, wait_until};
+use support::{Libvirtd, PATIENCE, Qemu, Qmp, TestDir, testdata, wait_until};
 use vmstow::config::expand::{HostKnowledge, expand};
 use vmstow::config::xml::Document;
 use vmstow::config::{CommandContext, command_line};
@@ -46,30 +46,6 @@ const DOMAINS: [&str; 20] = [
     "windows-xp-i440fx",
 ];
 
-const LIBVIRTD_CONF: &str = r#"
-auth_unix_rw = "none"
-auth_unix_ro = "none"
-log_outputs = "3:stderr"
-"#;
-const QEMU_CONF: &str = r#"
-user = "root"
-group = "root"
-dynamic_ownership = 0
-remember_owner = 0
-security_driver = "none"
-namespaces = []
-cgroup_controllers = []
-stdio_handler = "file"
-"#;
-/// libvirt's directories and the test's in their place.
-const BINDS: [(&str, &str); 5] = [
-    ("etc", "/etc/libvirt"),
-    ("lib", "/var/lib/libvirt"),
-    ("cache", "/var/cache/libvirt"),
-    ("log", "/var/log/libvirt"),
-    ("run", "/run"),
-];
-
 /// The bytes of libvirt's header before the XML, and where in it the length of the XML stands.
 const SAVE_HEADER_LEN: u64 = 92;
 const SAVE_XML_LEN_AT: u64 = 20;
@@ -77,7 +53,7 @@ const SAVE_XML_LEN_AT: u64 = 20;
 #[test]
 fn libvirt_and_we_start_the_same_machine_and_load_what_the_other_saved() {
     let dir = TestDir::new();
-    let libvirtd = Libvirtd::start(&dir);
+    let libvirtd = Judge(Libvirtd::start(&dir.join("libvirt")));
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     let workers = std::thread::available_parallelism().map_or(2, |count| count.get().min(4));
@@ -96,7 +72,7 @@ fn libvirt_and_we_start_the_same_machine_and_load_what_the_other_saved() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-fn judge(dir: &TestDir, libvirtd: &Libvirtd, name: &str) -> Result<(), String> {
+fn judge(dir: &TestDir, libvirtd: &Judge, name: &str) -> Result<(), String> {
     let own = dir.join(name);
     std::fs::create_dir_all(&own).unwrap();
     let xml = own.join("domain.xml");
@@ -107,7 +83,7 @@ fn judge(dir: &TestDir, libvirtd: &Libvirtd, name: &str) -> Result<(), String> {
         .replace("/var/lib/libvirt/images", &images)
         .replace("/run/vmstow/", &format!("{images}/"));
     std::fs::write(&xml, &text).unwrap();
-    let images = libvirtd.dir.join("lib/images").join(name);
+    let images = libvirtd.0.dir().join("lib/images").join(name);
     make_images(&images, &text);
 
     libvirtd.virsh(&["create", xml.to_str().unwrap(), "--paused"])?;
@@ -274,7 +250,7 @@ struct Ours {
 }
 
 impl Ours {
-    fn start(own: &Path, text: &str, libvirtd: &Libvirtd, more: &[&str]) -> Result<Self, String> {
+    fn start(own: &Path, text: &str, libvirtd: &Judge, more: &[&str]) -> Result<Self, String> {
         let document = Document::parse(text.as_bytes()).unwrap();
         let knowledge = HostKnowledge::default();
         let domain = expand(&document, &knowledge)
@@ -285,7 +261,7 @@ impl Ours {
             ..CommandContext::new(own.to_str().unwrap())
         };
         let line = command_line(&domain, &context).map_err(|error| error.to_string())?;
-        let lib = libvirtd.dir.join("lib");
+        let lib = libvirtd.0.dir().join("lib");
         let argv: Vec<String> = line
             .argv
             .iter()
@@ -347,61 +323,14 @@ impl Drop for Ours {
     }
 }
 
-/// A libvirtd whose directories are the test's.
-struct Libvirtd {
-    dir: PathBuf,
-    child: Child,
-}
+/// The libvirtd that judges; its guests end with it.
+struct Judge(Libvirtd);
 
-impl Libvirtd {
-    fn start(dir: &TestDir) -> Self {
-        let dir = dir.join("libvirt");
-        for (name, _) in BINDS {
-            std::fs::create_dir_all(dir.join(name)).unwrap();
-        }
-        std::fs::write(dir.join("etc/libvirtd.conf"), LIBVIRTD_CONF).unwrap();
-        std::fs::write(dir.join("etc/qemu.conf"), QEMU_CONF).unwrap();
-        let mut script = String::from("set -e\n");
-        for (name, target) in BINDS {
-            // A host where libvirt never ran has not all of them.
-            script += &format!(
-                "mkdir -p {target}\nmount --bind '{}' {target}\n",
-                dir.join(name).display()
-            );
-        }
-        script += &format!(
-            "exec libvirtd --config '{}'",
-            dir.join("etc/libvirtd.conf").display()
-        );
-        let child = Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "sh", "-c", &script])
-            .current_dir(&dir)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(dir.join("stderr")).unwrap())
-            .spawn()
-            .expect("unshare (Debian package util-linux) can be started");
-        let mut libvirtd = Libvirtd { dir, child };
-        wait_until("libvirtd to listen", PATIENCE, || {
-            if let Some(status) = libvirtd.child.try_wait().unwrap() {
-                panic!(
-                    "libvirtd ended ({status}): {}; run tests/setup.sh, as root",
-                    libvirtd.stderr()
-                );
-            }
-            let is_there = libvirtd.socket().exists();
-            is_there.then_some(()).ok_or_else(|| libvirtd.stderr())
-        });
-        libvirtd
-    }
-
+impl Judge {
     fn virsh(&self, arguments: &[&str]) -> Result<String, String> {
-        let uri = format!("qemu+unix:///system?socket={}", self.socket().display());
-        let output: Output = Command::new("virsh")
-            .args(["-q", "-c", &uri])
-            .args(arguments)
-            .output()
-            .expect("virsh (Debian package libvirt-clients) can be started");
+        let mut virsh = self.0.virsh();
+        let output = virsh.args(arguments).output();
+        let output = output.expect("virsh (Debian package libvirt-clients) can be started");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         match output.status.success() {
             true => Ok(text),
@@ -417,22 +346,12 @@ impl Libvirtd {
         let answer: Value = serde_json::from_str(&answer).map_err(|error| error.to_string())?;
         Ok(answer["return"].clone())
     }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.join("run/libvirt/libvirt-sock")
-    }
-
-    fn stderr(&self) -> String {
-        std::fs::read_to_string(self.dir.join("stderr")).unwrap_or_default()
-    }
 }
 
-impl Drop for Libvirtd {
+impl Drop for Judge {
     fn drop(&mut self) {
         for domain in DOMAINS {
             let _ = self.virsh(&["destroy", domain]);
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

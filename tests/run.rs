@@ -299,6 +299,43 @@ fn arguments_of_its_own_need_trust() {
 }
 
 #[test]
+fn what_the_user_always_wants_holds_for_guests_from_xml_too() {
+    let dir = TestDir::new();
+    write(
+        &dir,
+        "web.xml",
+        &counter_xml(&dir, &into_file(&dir, "serial"), ""),
+    );
+    std::fs::create_dir_all(dir.join("config/vmstow")).unwrap();
+    let here = dir.path().display();
+    let settings =
+        format!("qemu = \"/opt/qemu\"\nremap = [\"disk:{here}/=/srv/\", \"net:*=bridge=br7\"]\n");
+    std::fs::write(dir.join("config/vmstow/config.toml"), settings).unwrap();
+    let print = |more: &[&str]| {
+        let words = [&["run", "web.xml", "--print-command"], more].concat();
+        let argv = dir.json(&words)["argv"].as_array().unwrap().clone();
+        let argv: Vec<String> = argv
+            .iter()
+            .map(|it| it.as_str().unwrap().to_owned())
+            .collect();
+        argv
+    };
+    let has = |argv: &[String], word: &str| argv.iter().any(|it| it.contains(word));
+    let usual = print(&[]);
+    assert!(
+        usual[0] == "/opt/qemu" && has(&usual, "/srv/web.img"),
+        "{usual:?}"
+    );
+    let asked = print(&["--qemu", "/mine"]);
+    assert_eq!(asked[0], "/mine");
+    let asked = print(&["--remap", "disk:*=/mnt/web.img"]);
+    assert!(
+        has(&asked, "/mnt/web.img") && !has(&asked, "/srv/"),
+        "{asked:?}"
+    );
+}
+
+#[test]
 fn printing_the_command_needs_and_makes_nothing() {
     let dir = TestDir::new();
     let xml = counter_xml(&dir, &into_file(&dir, "no/serial"), TPM);

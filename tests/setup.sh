@@ -17,7 +17,7 @@ test_packages=(
     nasm                     # the counter guest
     qemu-utils               # disk images
     swtpm ovmf               # the TPM and the firmware of guests that are run from XML
-    util-linux               # libvirtd's private view of /etc and /var
+    util-linux iproute2      # what only a test may see: its own network, /etc and /var
     zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
     libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
 )

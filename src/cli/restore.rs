@@ -9,10 +9,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::settings;
+use super::settings::{self, RemapArgs};
 use super::ui::{Ui, threads};
 use super::{About, Failure, Outcome};
-use crate::config::{ConfigError, Remap};
 use crate::container::{ContainerError, Manifest};
 use crate::error::Error;
 use crate::host::{GuestDir, RuntimeDir};
@@ -95,20 +94,8 @@ pub struct RestoreArgs {
     #[arg(long)]
     name: Option<String>,
 
-    /// Give a resource another backend; the guest does not notice. May be given several times
-    ///
-    /// disk:ID=[FORMAT:]PATH, disk:/old/prefix/=/new/, cdrom:ID=PATH|eject,
-    /// net:ID=user|tap=NAME|bridge=NAME|passt=SOCKET, chardev:ID=file:PATH|unix:PATH|pty|null,
-    /// display:ID=HOST:PORT|unix:PATH|none, firmware:ID=PATH, share:ID=PATH, tpm:ID=PATH.
-    /// `vmstow inspect` lists the ids; * means all. The last one for a resource counts.
-    #[arg(long = "remap", value_name = "KIND:ID=TARGET", value_parser = remap)]
-    remaps: Vec<Remap>,
-
-    /// Take remaps from a file, one a line; those of the command line count more. May be given several times
-    ///
-    /// Lines that begin with # are skipped. What config.toml says counts less.
-    #[arg(long = "remap-file", value_name = "FILE")]
-    remap_files: Vec<PathBuf>,
+    #[command(flatten)]
+    remaps: RemapArgs,
 
     /// Let the image use resources of this host although nobody you trust signed it
     #[arg(long)]
@@ -173,16 +160,6 @@ Examples:
   vmstow restore web01.stow --throwaway --count 4
   ssh host cat web01.stow | vmstow restore - --trust";
 
-/// A remap as an argument; paths in it are made absolute.
-pub(super) fn remap(text: &str) -> Result<Remap, String> {
-    let parsed: Result<Remap, ConfigError> = text.parse();
-    let mut remap = parsed.map_err(|error| error.to_string())?;
-    // The guest's own relative paths start where its QEMU was started; what the user names starts here.
-    let here = std::env::current_dir().map_err(|error| error.to_string())?;
-    remap.start_paths_in(&here.display().to_string());
-    Ok(remap)
-}
-
 /// Restores, or says what a restore would do.
 pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
     let words = std::env::args_os().skip(1).collect();
@@ -217,8 +194,7 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
         VerifyArg::Background => Verify::Background,
         VerifyArg::Quick => Verify::Quick,
     });
-    let mut remaps = settings::remaps(&args.remap_files)?;
-    remaps.extend(args.remaps);
+    let remaps = args.remaps.all()?;
     let mut request = RestoreRequest {
         image: image.clone(),
         qemu: args.qemu,

@@ -7,11 +7,10 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::json;
 
-use super::restore::{remap, shell_words};
-use super::settings;
+use super::restore::shell_words;
+use super::settings::{self, RemapArgs};
 use super::ui::Ui;
 use super::{About, Outcome};
-use crate::config::Remap;
 use crate::progress::Progress;
 use crate::run::{self, Plan, RunReport, RunRequest};
 use crate::store::Location;
@@ -39,15 +38,8 @@ pub struct RunArgs {
     #[arg(long)]
     name: Option<String>,
 
-    /// Give a resource another backend; the guest does not notice. May be given several times
-    ///
-    /// As for `vmstow restore`: disk:ID=PATH, cdrom:ID=eject, net:ID=user|tap=NAME|bridge=NAME, chardev:ID=file:PATH|…
-    #[arg(long = "remap", value_name = "KIND:ID=TARGET", value_parser = remap)]
-    remaps: Vec<Remap>,
-
-    /// Take remaps from a file, one a line; those of the command line count more. May be given several times
-    #[arg(long = "remap-file", value_name = "FILE")]
-    remap_files: Vec<PathBuf>,
+    #[command(flatten)]
+    remaps: RemapArgs,
 
     /// Use what the XML says to QEMU past libvirt (qemu:commandline), and the resources that an image names which nobody
     /// you trust signed
@@ -73,8 +65,7 @@ Examples:
 
 /// Starts the guest, or prints its command.
 pub fn run(args: RunArgs, ui: &Ui) -> Outcome {
-    let mut remaps = settings::remaps(&args.remap_files)?;
-    remaps.extend(args.remaps);
+    let remaps = args.remaps.all()?;
     let request = RunRequest {
         source: args.source.clone(),
         paused: args.paused,

@@ -2,10 +2,40 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::config::{Remap, Settings, remap};
+use clap::Args;
+
+use crate::config::{ConfigError, Remap, Settings, remap};
 use crate::error::Result;
 use crate::host;
 use crate::store::StoreError;
+
+/// Other backends for a guest's resources.
+#[derive(Debug, Clone, Default, Args)]
+pub struct RemapArgs {
+    /// Give a resource another backend; the guest does not notice. May be given several times
+    ///
+    /// disk:ID=[FORMAT:]PATH, disk:/old/prefix/=/new/, cdrom:ID=PATH|eject,
+    /// net:ID=user|tap=NAME|bridge=NAME|passt=SOCKET, chardev:ID=file:PATH|unix:PATH|pty|null,
+    /// display:ID=HOST:PORT|unix:PATH|none, firmware:ID=PATH, share:ID=PATH, tpm:ID=PATH.
+    /// `vmstow inspect` lists the ids; * means all. The last one for a resource counts.
+    #[arg(long = "remap", value_name = "KIND:ID=TARGET", value_parser = parse_remap)]
+    remaps: Vec<Remap>,
+
+    /// Take remaps from a file, one a line; those of the command line count more. May be given several times
+    ///
+    /// Lines that begin with # are skipped. What config.toml says counts less.
+    #[arg(long = "remap-file", value_name = "FILE")]
+    remap_files: Vec<PathBuf>,
+}
+
+impl RemapArgs {
+    /// Those of files, then those of the command line, which count more.
+    pub fn all(self) -> Result<Vec<Remap>> {
+        let mut all = remaps(&self.remap_files)?;
+        all.extend(self.remaps);
+        Ok(all)
+    }
+}
 
 /// What this host and this user always want; the user's word counts more.
 pub fn read() -> Result<Settings> {
@@ -20,7 +50,7 @@ pub fn read() -> Result<Settings> {
 }
 
 /// The remaps in these files, in their order; relative paths start where their file lies.
-pub fn remaps(files: &[PathBuf]) -> Result<Vec<Remap>> {
+fn remaps(files: &[PathBuf]) -> Result<Vec<Remap>> {
     let mut remaps = Vec::new();
     for path in files {
         let text = std::fs::read_to_string(path).map_err(|source| unreadable(path, source))?;
@@ -53,4 +83,14 @@ fn unreadable(path: &Path, source: std::io::Error) -> StoreError {
         path: path.to_owned(),
         source,
     }
+}
+
+/// A remap as an argument; paths in it are made absolute.
+fn parse_remap(text: &str) -> Result<Remap, String> {
+    let parsed: Result<Remap, ConfigError> = text.parse();
+    let mut remap = parsed.map_err(|error| error.to_string())?;
+    // The guest's own relative paths start where its QEMU was started; what the user names starts here.
+    let here = std::env::current_dir().map_err(|error| error.to_string())?;
+    remap.start_paths_in(&here.display().to_string());
+    Ok(remap)
 }

@@ -52,6 +52,18 @@ impl<R: ReadAt> Image<R> {
         self.check_table(report)
     }
 
+    /// Holds all of `HEAD`, if there is one, against its digest; of it only the fixed part is looked at when an image is opened.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn verify_head(&self) -> Result<(), ContainerError> {
+        let head = self.directory.first();
+        match head.filter(|first| first.section == SectionType::Head) {
+            Some(entry) => self.check_section(entry),
+            None => Ok(()),
+        }
+    }
+
     /// Frame, checksum and digest of one section.
     fn check_section(&self, entry: &DirectoryEntry) -> Result<(), ContainerError> {
         let (section, at, expected) = (entry.section, entry.offset, entry.sha256);

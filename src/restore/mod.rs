@@ -129,6 +129,10 @@ pub fn restore<R: Read>(
     origin: Origin<R>,
     progress: &dyn Progress,
 ) -> Result<(RestoreReport, RunningGuest)> {
+    if let Origin::Image(image) = &origin {
+        // The guest could do without it, but nothing of a damaged image is restored.
+        image.image().verify_head()?;
+    }
     match (&origin, plan.lazy()) {
         (Origin::Image(image), Some(request)) => {
             return restore_lazily(plan, image, request, progress);
@@ -139,7 +143,7 @@ pub fn restore<R: Read>(
     let mut xml = None;
     let page_map = match &origin {
         Origin::Image(image) => {
-            // The guest could do without it, but nothing of a damaged image is restored.
+            // As above.
             xml = Some(image.image().xml()?);
             match plan.mapping() {
                 // Reading it would take the longer the more memory the guest has.

@@ -15,7 +15,9 @@ use crate::config::domain::Domain;
 use crate::config::expand::{Expanded, expand};
 use crate::config::foreign::{foreign, open_networks};
 use crate::config::xml::Document;
-use crate::config::{Arguments, ConfigError, Remap, Resource, ResourceKind, Unmodelled, remap};
+use crate::config::{
+    Arguments, ConfigError, Remap, Resource, ResourceKind, ResourceTable, Unmodelled, remap,
+};
 use crate::error::{Error, Result};
 use crate::host::{
     self, HostError, Lasting, QEMU_BINARY, QemuFacts, RuntimeDir, find_program, is_name,
@@ -42,6 +44,8 @@ pub struct Plan {
     emulator: PathBuf,
     cwd: PathBuf,
     expanded: Expanded,
+    /// The user's usual ones that fit, then those that were asked for.
+    remaps: Vec<Remap>,
     /// Of the arguments, made for a directory that stands for the guest's own.
     command: CommandLine,
     warnings: Vec<String>,
@@ -108,8 +112,13 @@ impl Plan {
             command: empty(),
             warnings,
             request: request.clone(),
+            remaps: Vec::new(),
             expanded,
         };
+        let arguments = Arguments::parse(&plan.command_at(&plan.place())?.argv)?;
+        let table = ResourceTable::from_arguments(&arguments, plan.machine_type());
+        plan.remaps = remap::fitting(&request.settings.remaps, &table);
+        plan.remaps.extend(request.remaps.iter().cloned());
         plan.command = plan.command_at(&plan.place())?;
         let warned = plan.expanded.warnings.iter().chain(&plan.command.warnings);
         let warned: Vec<String> = warned.map(Unmodelled::to_string).collect();
@@ -179,13 +188,16 @@ impl Plan {
             ..CommandContext::new(&text(directory))
         };
         let mut command = command_line(&self.expanded.domain, &context)?;
-        if !self.request.remaps.is_empty() {
-            let machine_type = self.expanded.domain.os.machine.as_deref();
+        if !self.remaps.is_empty() {
             let arguments = Arguments::parse(&command.argv)?;
-            let remapped = remap::apply(&arguments, machine_type, &self.request.remaps)?;
+            let remapped = remap::apply(&arguments, self.machine_type(), &self.remaps)?;
             command.argv = remapped.arguments.write();
         }
         Ok(command)
+    }
+
+    fn machine_type(&self) -> Option<&str> {
+        self.expanded.domain.os.machine.as_deref()
     }
 
     /// Under what the state of its TPM is kept.
@@ -221,7 +233,7 @@ impl Plan {
 
     /// The XML in which nothing is left to choose; `None` where other backends were chosen than it names.
     fn xml(&self) -> Option<String> {
-        if !self.request.remaps.is_empty() {
+        if !self.remaps.is_empty() {
             return None;
         }
         let mut document = self.expanded.document.clone();
@@ -273,7 +285,7 @@ impl Plan {
             return Ok(());
         };
         let arguments = Arguments::parse(&self.command.argv)?;
-        let remaps: &[Remap] = &self.request.remaps;
+        let remaps: &[Remap] = &self.remaps;
         let place = format!("{}/", self.place().display());
         let is_named = |name: &str| {
             let is_ours = name.starts_with(&place) && !name.contains("..");
@@ -333,10 +345,16 @@ fn refuse_own_arguments(domain: &Domain, is_trusted: bool) -> Result<(), RunErro
     }
 }
 
+/// The QEMU that the user names, now or for all guests.
+fn wanted_emulator(request: &RunRequest) -> Option<PathBuf> {
+    let usual = request.settings.qemu.as_ref().map(PathBuf::from);
+    request.qemu.clone().or(usual)
+}
+
 /// The QEMU that is asked for, whether it is here or not.
 fn named_emulator(request: &RunRequest, domain: &Domain) -> PathBuf {
     let named = domain.devices.emulator.as_ref().map(PathBuf::from);
-    let named = request.qemu.clone().or(named);
+    let named = wanted_emulator(request).or(named);
     named.unwrap_or_else(|| find_program(QEMU_BINARY).unwrap_or_else(|| QEMU_BINARY.into()))
 }
 
@@ -348,8 +366,8 @@ fn emulator(
     domain: &Domain,
     warnings: &mut Vec<String>,
 ) -> Result<PathBuf> {
-    if let Some(qemu) = &request.qemu {
-        return Ok(qemu.clone());
+    if let Some(qemu) = wanted_emulator(request) {
+        return Ok(qemu);
     }
     let named = domain.devices.emulator.as_deref().map(Path::new);
     let may_name = source.is_trusted() || request.trust;

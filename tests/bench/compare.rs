@@ -20,7 +20,6 @@ mod domain;
 mod end;
 mod first_tick;
 mod guests;
-mod libvirtd;
 mod machine;
 mod memory;
 mod options;

@@ -13,10 +13,9 @@ use serde_json::{Value, json};
 use crate::contender::{Contender, Place, run};
 use crate::end;
 use crate::guests::Recipe;
-use crate::libvirtd::Libvirtd;
 use crate::ours::Vmstow;
 use crate::rounds::{cool, use_free_memory, warm};
-use crate::support::{Adopted, PATIENCE, Process, Qmp, fill, fill_at};
+use crate::support::{Adopted, Libvirtd, PATIENCE, Process, Qmp, fill, fill_at};
 use crate::table::Results;
 use crate::virsh::Virsh;
 use crate::work_dir::WorkDir;
@@ -57,10 +56,11 @@ fn measure(work: &WorkDir, memory_mib: u64, rounds: u32) -> TickRow {
     let recipe = Recipe::small(memory_mib);
     let (lazy, lazy_sum) = stow(work, &recipe, "zstd");
     let (mapped, mapped_sum) = stow(work, &recipe, "mapped");
-    let libvirtd = (memory_mib == AGAINST_VIRSH_MIB).then(|| Libvirtd::start(work));
+    let libvirtd =
+        (memory_mib == AGAINST_VIRSH_MIB).then(|| Libvirtd::start(&work.subdir("libvirt")));
     let mut virsh = libvirtd.as_ref().map(|libvirtd| {
         let place = Place::make(work, &recipe, &format!("{} virsh", recipe.name));
-        stow_by_virsh(work, libvirtd, place)
+        stow_by_virsh(libvirtd, place)
     });
     let mut row = TickRow {
         guest: recipe.name.clone(),
@@ -137,9 +137,8 @@ fn stow<'a>(work: &'a WorkDir, recipe: &Recipe, layout: &'static str) -> (Vmstow
     (vmstow, line.trim_start_matches("sum ").to_owned())
 }
 
-fn stow_by_virsh<'a>(work: &'a WorkDir, libvirtd: &'a Libvirtd, place: Place) -> Virsh<'a> {
+fn stow_by_virsh<'a>(libvirtd: &'a Libvirtd, place: Place) -> Virsh<'a> {
     let mut virsh = Virsh {
-        work,
         libvirtd,
         place: place.clone(),
         format: "raw",
@@ -149,7 +148,7 @@ fn stow_by_virsh<'a>(work: &'a WorkDir, libvirtd: &'a Libvirtd, place: Place) ->
         .serial()
         .wait_for_line("the first checksum", |line| line.starts_with("sum "));
     let ask = |line: &str| {
-        let mut command = libvirtd.virsh(work);
+        let mut command = libvirtd.virsh();
         run(command.args(["qemu-monitor-command", "raw", "--hmp", line]))
     };
     fill_at(qemu.pid(), &ask, place.recipe.memory_mib << 20);

@@ -9,10 +9,9 @@ use crate::clock::{Clock, Cost};
 use crate::contender::{Contender, Entrant, Place};
 use crate::end;
 use crate::guests::Recipe;
-use crate::libvirtd::Libvirtd;
 use crate::ours::Vmstow;
 use crate::qemu::{Migration, Way};
-use crate::support::{Adopted, Mark};
+use crate::support::{Adopted, Libvirtd, Mark};
 use crate::table::{Results, Sample};
 use crate::virsh::Virsh;
 use crate::work_dir::WorkDir;
@@ -41,7 +40,7 @@ struct Stowed<'a> {
 }
 
 pub fn run(recipe: &Recipe, work: &WorkDir, rounds: u32, results: &mut Results) {
-    let libvirtd = Libvirtd::start(work);
+    let libvirtd = Libvirtd::start(&work.subdir("libvirt"));
     let mut stowed: Vec<Stowed> = entrants(recipe, work, &libvirtd)
         .into_iter()
         .map(|entrant| stow(entrant, &recipe.name))
@@ -88,7 +87,6 @@ fn entrants<'a>(recipe: &Recipe, work: &'a WorkDir, libvirtd: &'a Libvirtd) -> V
     let virsh = |name, format| {
         let place = place(name);
         let contender = Virsh {
-            work,
             libvirtd,
             place: place.clone(),
             format,

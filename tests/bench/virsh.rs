@@ -2,12 +2,9 @@
 
 use crate::contender::{Contender, Place, run};
 use crate::domain;
-use crate::libvirtd::Libvirtd;
-use crate::support::Adopted;
-use crate::work_dir::WorkDir;
+use crate::support::{Adopted, Libvirtd};
 
 pub struct Virsh<'a> {
-    pub work: &'a WorkDir,
     pub libvirtd: &'a Libvirtd,
     pub place: Place,
     /// `raw`, `zstd` or `sparse`; the domain's name too.
@@ -22,13 +19,13 @@ impl Contender for Virsh<'_> {
             domain::xml(&self.place.recipe, self.format, &self.place.dir),
         )
         .unwrap();
-        run(self.libvirtd.virsh(self.work).arg("create").arg(xml));
+        run(self.libvirtd.virsh().arg("create").arg(xml));
         Adopted(self.libvirtd.qemu(self.format))
     }
 
     fn save(&mut self) {
         let image = self.place.image();
-        let mut virsh = self.libvirtd.virsh(self.work);
+        let mut virsh = self.libvirtd.virsh();
         run(virsh
             .args(["save", self.format])
             .arg(image)
@@ -36,11 +33,7 @@ impl Contender for Virsh<'_> {
     }
 
     fn restore(&mut self) -> Adopted {
-        run(self
-            .libvirtd
-            .virsh(self.work)
-            .arg("restore")
-            .arg(self.place.image()));
+        run(self.libvirtd.virsh().arg("restore").arg(self.place.image()));
         Adopted(self.libvirtd.qemu(self.format))
     }
 }

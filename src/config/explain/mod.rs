@@ -161,10 +161,7 @@ mod tests {
     fn a_text_that_is_not_known_has_no_explanation() {
         assert_eq!(explain("all is well"), []);
         assert_eq!(explain(""), []);
-        assert_eq!(
-            explain(&format!("Not a migration stream{}", " ".repeat(1))).len(),
-            1
-        );
+        assert_eq!(explain("Not a migration stream ").len(), 1);
     }
 
     #[test]

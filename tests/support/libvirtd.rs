@@ -1,12 +1,14 @@
-//! A libvirtd of our own: its files are in the work directory, and it ends with the comparison.
+//! A libvirtd of a test's own: its directories are the test's, in a mount namespace, and it ends with the test.
+//!
+//! This needs root, and libvirt 11 (`tests/setup.sh`).
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::end;
-use crate::support::{PATIENCE, Process, wait_until};
-use crate::work_dir::WorkDir;
+use super::process::Process;
+use super::wait::{PATIENCE, wait_until};
 
 /// Only we talk to it, guests are root's, and nothing stands between QEMU and its files.
 const LIBVIRTD_CONF: &str = r#"
@@ -41,9 +43,9 @@ pub struct Libvirtd {
 }
 
 impl Libvirtd {
-    pub fn start(work: &WorkDir) -> Self {
-        end::doing("starting libvirtd");
-        let dir = work.subdir("libvirt");
+    /// Starts one with its files below `dir`, out of reach of the terminal's Ctrl-C.
+    pub fn start(dir: &Path) -> Self {
+        let dir = dir.to_owned();
         for (name, _) in BINDS {
             std::fs::create_dir_all(dir.join(name)).unwrap();
         }
@@ -51,15 +53,21 @@ impl Libvirtd {
         std::fs::write(dir.join("etc/qemu.conf"), QEMU_CONF).unwrap();
         let mut script = String::from("set -e\n");
         for (name, target) in BINDS {
-            script += &format!("mount --bind '{}' {target}\n", dir.join(name).display());
+            // A host where libvirt never ran has not all of them.
+            let own = dir.join(name);
+            script += &format!(
+                "mkdir -p {target}\nmount --bind '{}' {target}\n",
+                own.display()
+            );
         }
         script += &format!(
             "exec libvirtd --config '{}'",
             dir.join("etc/libvirtd.conf").display()
         );
-        let child = work
-            .command("unshare")
+        let child = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+            .process_group(0)
+            .current_dir(&dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(dir.join("stderr")).unwrap())
@@ -69,7 +77,7 @@ impl Libvirtd {
         wait_until("libvirtd to listen", PATIENCE, || {
             if let Some(status) = libvirtd.child.try_wait().unwrap() {
                 panic!(
-                    "libvirtd ended ({status}): {}; run tests/setup.sh --bench",
+                    "libvirtd (Debian package libvirt-daemon) ended ({status}): {}",
                     libvirtd.stderr()
                 );
             }
@@ -79,14 +87,16 @@ impl Libvirtd {
         libvirtd
     }
 
+    /// Where its files are: `lib` stands for /var/lib/libvirt.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// `virsh`, connected to it.
-    pub fn virsh(&self, work: &WorkDir) -> Command {
-        let mut command = work.command("virsh");
-        let socket = self.socket();
-        command.arg("-q").args([
-            "-c",
-            &format!("qemu+unix:///system?socket={}", socket.display()),
-        ]);
+    pub fn virsh(&self) -> Command {
+        let mut command = Command::new("virsh");
+        let uri = format!("qemu+unix:///system?socket={}", self.socket().display());
+        command.args(["-q", "-c", &uri]).process_group(0);
         command
     }
 
