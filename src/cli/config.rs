@@ -41,7 +41,7 @@ pub struct ConfigArgs {
 enum Act {
     /// Print the domain XML, a label, or one value of the XML
     Get {
-        /// A label, or a path in the XML such as domain/devices/disk[1]/source/@file
+        /// A label, or a path in the XML such as domain/devices/emulator
         #[arg(conflicts_with = "labels")]
         name: Option<String>,
 
