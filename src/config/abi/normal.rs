@@ -1,5 +1,6 @@
 //! An element without all that does not matter: comments, white space, how numbers are written, and what holds anyway.
 
+use crate::config::domain::quantity::unit_len;
 use std::collections::BTreeMap;
 
 use crate::config::xml::Element;
@@ -193,17 +194,6 @@ fn number(text: &str) -> String {
 /// An amount with libvirt's unit; KiB if there is none.
 fn bytes(text: &str, unit: Option<&str>) -> Option<u128> {
     let amount: u128 = text.trim().parse().ok()?;
-    let factor = match unit.unwrap_or("KiB") {
-        "b" | "bytes" => 1,
-        "KB" => 1000,
-        "k" | "KiB" => 1 << 10,
-        "MB" => 1_000_000,
-        "M" | "MiB" => 1 << 20,
-        "GB" => 1_000_000_000,
-        "G" | "GiB" => 1 << 30,
-        "TB" => 1_000_000_000_000,
-        "T" | "TiB" => 1_u128 << 40,
-        _ => return None,
-    };
-    amount.checked_mul(factor)
+    let unit_len = unit_len(unit.unwrap_or("KiB"))?;
+    amount.checked_mul(unit_len.into())
 }

@@ -38,7 +38,7 @@ pub mod usb_devices;
 pub mod word;
 
 mod boot;
-mod quantity;
+pub(super) mod quantity;
 mod view;
 
 use std::cell::RefCell;

@@ -3,7 +3,7 @@
 use super::view::{View, parse_number};
 
 /// The bytes of a unit as libvirt names it.
-fn unit_len(unit: &str) -> Option<u64> {
+pub(in crate::config) fn unit_len(unit: &str) -> Option<u64> {
     let len: u64 = match unit {
         "b" | "byte" | "bytes" => 1,
         "KB" => 1000,
