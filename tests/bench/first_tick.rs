@@ -25,9 +25,6 @@ const GUESTS_MIB: [u64; 5] = [512, 1024, 2048, 4096, 8192];
 /// The guest for which the others are asked, too.
 const AGAINST_VIRSH_MIB: u64 = 4096;
 
-/// How long the guest takes from one tick to the next.
-pub const TICK: Duration = Duration::from_millis(10);
-
 /// What was measured of one guest, one value a round, in seconds.
 #[derive(Debug, Default)]
 pub struct TickRow {
@@ -37,7 +34,11 @@ pub struct TickRow {
     /// From the command until the guest's next tick.
     pub lazy: Vec<f64>,
     pub mapped: Vec<f64>,
+    /// As `lazy`, from an image that keeps what an earlier restore asked for first.
+    pub recorded: Vec<f64>,
     pub eager: Vec<f64>,
+    /// Of `eager`, from when the guest ran: a tick with all memory there and nothing translated yet.
+    pub cold_tick: Vec<f64>,
     /// `virsh restore` of its raw image; empty where it was not asked.
     pub virsh: Vec<f64>,
     /// From the command until all memory was there.
@@ -66,19 +67,28 @@ fn measure(work: &WorkDir, memory_mib: u64, rounds: u32) -> TickRow {
         guest: recipe.name.clone(),
         ..TickRow::default()
     };
-    let mut images = vec![lazy.place.image(), mapped.place.image()];
+    let recorded = record(&lazy, &lazy_sum);
+    let mut images = vec![lazy.place.image(), mapped.place.image(), recorded.clone()];
     images.extend(virsh.as_ref().map(|virsh| virsh.place.image()));
     let prepare = |image: PathBuf| prepare(&image, &images, memory_mib << 20);
     for round in 0..rounds {
         end::doing(&format!("first tick, {}, round {}", recipe.name, round + 1));
         row.bare.push(bare_start(work, &lazy));
         prepare(lazy.place.image());
-        let (tick, whole, stall) = restore_lazily(&lazy, &lazy_sum);
+        let (tick, whole, stall) =
+            restore_lazily(&lazy, lazy.restore_command(), &["--lazy"], &lazy_sum);
         row.lazy.push(tick);
         row.lazy_whole.push(whole);
         row.stall.push(stall);
+        prepare(recorded.clone());
+        let command = lazy.command_to_restore(&recorded);
+        row.recorded
+            .push(restore_lazily(&lazy, command, &["--lazy"], &lazy_sum).0);
         prepare(lazy.place.image());
-        row.eager.push(restore(&lazy, &[], &lazy_sum).0);
+        let (eager, report) = restore(&lazy, &[], &lazy_sum);
+        row.eager.push(eager);
+        let ran_after = report["running_after_ms"].as_f64().unwrap() / 1e3;
+        row.cold_tick.push((eager - ran_after).max(0.0));
         prepare(mapped.place.image());
         row.mapped.push(restore(&mapped, &["--map"], &mapped_sum).0);
         if let Some(virsh) = &mut virsh {
@@ -92,14 +102,16 @@ fn measure(work: &WorkDir, memory_mib: u64, rounds: u32) -> TickRow {
             std::thread::sleep(Duration::from_millis(500)); // libvirtd takes note of it
         }
         eprintln!(
-            "{}, round {}: bare {:.3} s, lazy {:.3} s (all after {:.3} s), mapped {:.3} s, eager {:.3} s",
+            "{}, round {}: bare {:.3} s, lazy {:.3} s (all after {:.3} s), recorded {:.3} s, mapped {:.3} s, eager {:.3} s ({:.3} s of it a tick)",
             recipe.name,
             round + 1,
             row.bare[row.bare.len() - 1],
             tick,
             whole,
+            row.recorded[row.recorded.len() - 1],
             row.mapped[row.mapped.len() - 1],
-            row.eager[row.eager.len() - 1],
+            eager,
+            row.cold_tick[row.cold_tick.len() - 1],
         );
     }
     for place in [&lazy.place, &mapped.place] {
@@ -193,15 +205,14 @@ fn bare_start(work: &WorkDir, vmstow: &Vmstow<'_>) -> f64 {
 
 /// From the command until the guest's next tick; the guest is judged and ended. Gives what the command answered, too.
 fn restore(vmstow: &Vmstow<'_>, more: &[&str], sum: &str) -> (f64, Value) {
-    let (seconds, answer, qemu) = tick(vmstow, more);
+    let (seconds, answer, qemu) = tick(vmstow, vmstow.restore_command(), more);
     end_guest(vmstow, &answer, sum, qemu);
     (seconds, answer)
 }
 
-fn tick(vmstow: &Vmstow<'_>, more: &[&str]) -> (f64, Value, Adopted) {
+fn tick(vmstow: &Vmstow<'_>, mut command: Command, more: &[&str]) -> (f64, Value, Adopted) {
     let place = &vmstow.place;
     let known = place.serial_len();
-    let mut command = vmstow.restore_command();
     command.args(more);
     let begin = Instant::now();
     let answer = std::thread::scope(|scope| {
@@ -215,10 +226,24 @@ fn tick(vmstow: &Vmstow<'_>, more: &[&str]) -> (f64, Value, Adopted) {
     ((answer.0 - begin).as_secs_f64(), report, qemu)
 }
 
+/// A copy of the guest's image in which a lazy restore recorded what the guest asked for.
+fn record(vmstow: &Vmstow<'_>, sum: &str) -> PathBuf {
+    let copy = vmstow.place.dir.join("recorded");
+    std::fs::copy(vmstow.place.image(), &copy).unwrap();
+    let command = vmstow.command_to_restore(&copy);
+    restore_lazily(vmstow, command, &["--lazy", "--record"], sum);
+    copy
+}
+
 /// As [`restore`], and until all memory was there; the worst stall.
-fn restore_lazily(vmstow: &Vmstow<'_>, sum: &str) -> (f64, f64, f64) {
+fn restore_lazily(
+    vmstow: &Vmstow<'_>,
+    command: Command,
+    more: &[&str],
+    sum: &str,
+) -> (f64, f64, f64) {
     let begin = Instant::now();
-    let (seconds, report, qemu) = tick(vmstow, &["--lazy"]);
+    let (seconds, report, qemu) = tick(vmstow, command, more);
     let name = report["name"].as_str().unwrap();
     let mut wait: Command = vmstow.work.vmstow();
     let served = run(wait.args(["--json", "restore", "--resume", name, "--wait"]));

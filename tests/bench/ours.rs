@@ -1,5 +1,6 @@
 //! `vmstow save` and `vmstow restore`.
 
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
@@ -38,8 +39,12 @@ impl<'a> Vmstow<'a> {
     }
 
     pub fn restore_command(&self) -> Command {
+        self.command_to_restore(&self.place.image())
+    }
+
+    pub fn command_to_restore(&self, image: &Path) -> Command {
         let mut command = self.work.vmstow();
-        command.args(["--json", "restore"]).arg(self.place.image());
+        command.args(["--json", "restore"]).arg(image);
         command
     }
 
