@@ -12,7 +12,7 @@
 //! | [`config`] | the virtual machine as data: domain XML, QEMU arguments, what a host must offer |
 //! | [`qmp`] [`store`] [`host`] | the outside world: QEMU's monitor, where bytes live, this machine |
 //! | [`image`] [`pipeline`] [`supervise`] | an image of this host; threads; processes |
-//! | [`run`] [`save`] [`restore`] [`convert`] [`configure`] [`inspect`] | the stories |
+//! | [`run`] [`save`] [`restore`] [`transfer`] [`convert`] [`configure`] [`inspect`] | the stories |
 //! | [`cli`] | arguments in, words out |
 //!
 //! A module may use those in the rows above it, never its neighbours; `tests/architecture.rs` holds that picture.
@@ -41,5 +41,6 @@ pub mod inspect;
 pub mod restore;
 pub mod run;
 pub mod save;
+pub mod transfer;
 
 pub mod cli;

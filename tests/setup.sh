@@ -188,6 +188,27 @@ END
     "$wrapper" --version >/dev/null || fail "QEMU 7.2 does not start"
 }
 
+# sshd, unpacked: the package would start a server on this machine.
+unpack_sshd() {
+    local wrapper=$assets/bin/sshd root=$assets/openssh-server
+    [ ! -x "$wrapper" ] || return 0
+    check_distribution "sshd"
+    say "unpacking sshd into ${root#"$PWD/"}"
+    download "$assets/debs" openssh-server libwrap0
+    rm -rf "$root"
+    mkdir -p "$root" "$assets/bin"
+    for package in "$assets"/debs/*.deb; do
+        dpkg-deb --extract "$package" "$root"
+    done
+    rm -rf "$assets/debs"
+    cat >"$wrapper" <<END
+#!/bin/sh
+export LD_LIBRARY_PATH="$root/lib/x86_64-linux-gnu:$root/usr/lib/x86_64-linux-gnu"
+exec "$root/usr/sbin/sshd" "\$@"
+END
+    chmod +x "$wrapper"
+}
+
 # The Linux guest: Debian's cloud kernel, and our initrd around busybox.
 build_linux_guest() {
     local linux=$assets/linux package
@@ -228,6 +249,7 @@ case $mode in
 '')
     install_packages "${demo_packages[@]}" "${test_packages[@]}"
     unpack_qemu_7_2
+    unpack_sshd
     build_linux_guest
     install_libvirt
     say "ready: QEMU 10 and 7.2, a Linux guest, libvirt $(virsh --version), and the programs that judge our files"

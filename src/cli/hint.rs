@@ -14,6 +14,7 @@ use crate::restore::{RestoreError, ServeError};
 use crate::run::RunError;
 use crate::save::SaveError;
 use crate::store::StoreError;
+use crate::store::remote::RemoteError;
 use crate::stream::StreamError;
 use crate::supervise::SuperviseError;
 
@@ -137,6 +138,9 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     if let Some(advice) = container_error(error).and_then(|error| container_advice(error, image)) {
         return Some(advice);
     }
+    if let Some(advice) = error.downcast_ref().and_then(remote_advice) {
+        return Some(advice.to_owned());
+    }
     let text = match (
         error.downcast_ref::<HostError>(),
         error.downcast_ref::<StoreError>(),
@@ -163,12 +167,35 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
         (_, Some(StoreError::InUse { .. }), _) => {
             "`vmstow list` shows the guests: end those that run on it, or change a copy of it"
         }
-        (_, Some(StoreError::BeingChanged { .. }), _) => "wait until that has ended",
+        (_, Some(StoreError::BeingChanged { .. } | StoreError::BeingMade { .. }), _) => {
+            "wait until that has ended"
+        }
+        (_, Some(StoreError::FarAway { .. }), _) => "bring it here first, with `vmstow copy`",
         (_, Some(StoreError::Terminal), _) => "name a file, or pipe the output somewhere",
         (.., Some(ConfigError::Refused { .. })) => "`vmstow inspect` lists what the guest has",
         _ => return image_advice(error, image).or_else(|| busy(error)),
     };
     Some(text.to_owned())
+}
+
+fn remote_advice(error: &RemoteError) -> Option<&'static str> {
+    match error {
+        RemoteError::Start { .. } => {
+            Some("install it (Debian: openssh-client), or name another with VMSTOW_SSH")
+        }
+        RemoteError::Ended { .. } => Some("run the command again: it goes on where it stopped"),
+        RemoteError::NoGreeting { .. } => Some(
+            "see that `ssh HOST vmstow --version` works and prints nothing else; VMSTOW_REMOTE_PROGRAM names vmstow's path there",
+        ),
+        RemoteError::NoCommonVersion { .. } => Some("install the same version on both hosts"),
+        RemoteError::BrokenRule { .. } => None,
+        RemoteError::Refused { words, .. } => {
+            let exists = words
+                .first()
+                .is_some_and(|first| first.ends_with(" exists"));
+            exists.then_some("choose another name, or give --replace")
+        }
+    }
 }
 
 fn configure_advice(error: &ConfigureError, image: &str) -> Option<String> {

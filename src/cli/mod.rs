@@ -6,6 +6,7 @@ mod completion;
 mod config;
 mod console;
 mod convert;
+mod copy;
 mod demo;
 mod devices;
 mod doctor;
@@ -57,6 +58,7 @@ enum Command {
     Save(save::SaveArgs),
     Restore(restore::RestoreArgs),
     Convert(convert::ConvertArgs),
+    Copy(copy::CopyArgs),
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
     Config(config::ConfigArgs),
@@ -66,6 +68,8 @@ enum Command {
     Explain(explain::ExplainArgs),
     Console(console::ConsoleArgs),
     Monitor(monitor::MonitorArgs),
+    #[command(name = "serve")]
+    ServePeer(copy::ServeArgs),
     Doctor(doctor::DoctorArgs),
     Demo(demo::DemoArgs),
     Completion(completion::CompletionArgs),
@@ -129,6 +133,8 @@ pub fn main() -> ExitCode {
         Command::Save(args) => save::run(args, &ui),
         Command::Restore(args) => restore::run(args, &ui),
         Command::Convert(args) => convert::run(&args, &ui),
+        Command::Copy(args) => copy::run(&args, &ui),
+        Command::ServePeer(args) => copy::serve(&args),
         Command::Inspect(args) => inspect::run(&args, &ui),
         Command::Verify(args) => verify::run(&args, &ui),
         Command::Config(args) => config::run(args, &ui),

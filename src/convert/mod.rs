@@ -76,6 +76,7 @@ pub fn convert(
             Err(PipelineError::NoPlaces.into())
         }
         Location::Pipe => write(opened, request, &mut PipeSink::stdout()?, progress),
+        Location::Ssh(there) => Err(there.refused().into()),
         Location::Path(path) => {
             let mut sink = FileSink::create(path, request.may_replace)?;
             write(opened, request, &mut sink, progress)

@@ -72,6 +72,7 @@ pub fn open(location: &Location) -> Result<OpenedImage> {
     match location {
         Location::Path(path) => open_source(FileSource::open(path)?, location),
         Location::Pipe => open_pipe(&mut io::stdin().lock()),
+        Location::Ssh(there) => Err(there.refused().into()),
     }
 }
 

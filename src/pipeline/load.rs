@@ -27,16 +27,40 @@ impl Loader {
         grow(&mut self.stored, len);
         let stored = &mut self.stored[..len];
         image.read_stored_into(entry, stored)?;
-        let frame = |_| ContainerError::NotAFrame {
-            chunk: entry.index,
-            at: entry.stored_offset,
-        };
-        let decompressor = match &mut self.decompressor {
-            Some(decompressor) => decompressor,
-            none => none.insert(Decompressor::new().map_err(frame)?),
-        };
-        decompressor.decompress_into(stored, raw).map_err(frame)
+        decompress(&mut self.decompressor, entry, stored, raw)
     }
+
+    /// As [`Loader::load`], of stored bytes that are at hand; they are held against the entry first.
+    pub fn unpack(
+        &mut self,
+        entry: &ChunkEntry,
+        stored: &[u8],
+        raw: &mut [u8],
+    ) -> Result<(), ContainerError> {
+        entry.check_stored(stored)?;
+        match entry.kind {
+            ChunkKind::Plain => raw.copy_from_slice(stored),
+            ChunkKind::Zstd => decompress(&mut self.decompressor, entry, stored, raw)?,
+        }
+        Ok(())
+    }
+}
+
+fn decompress(
+    decompressor: &mut Option<Decompressor>,
+    entry: &ChunkEntry,
+    stored: &[u8],
+    raw: &mut [u8],
+) -> Result<(), ContainerError> {
+    let frame = |_| ContainerError::NotAFrame {
+        chunk: entry.index,
+        at: entry.stored_offset,
+    };
+    let decompressor = match decompressor {
+        Some(decompressor) => decompressor,
+        none => none.insert(Decompressor::new().map_err(frame)?),
+    };
+    decompressor.decompress_into(stored, raw).map_err(frame)
 }
 
 /// Makes room for `len` bytes; never less, so that no byte is cleared twice.

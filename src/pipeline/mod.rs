@@ -9,6 +9,7 @@
 //! size; of a guest that runs on [`LIVE_BUFFER_LEN`] bytes more, for it waits while its stream is not read. The first error
 //! stops all threads and is the one reported. The number of threads never changes a byte of the image.
 
+mod arrive;
 mod beside;
 mod capture;
 mod check;
@@ -27,6 +28,7 @@ mod recode;
 mod region;
 mod sealing;
 
+pub use arrive::{Arrival, arrive};
 pub use beside::{beside, side_by_side};
 pub use capture::{StoppedGuestMemory, capture};
 pub use check::{Checked, check};

@@ -39,7 +39,7 @@ const WRITE_LEN: usize = 1 << 20;
 const LARGE_LEN: usize = 1 << 18;
 
 /// Bytes after which the kernel is told to begin writing to the disk, so that the last sync is short.
-const FLUSH_LEN: u64 = 8 << 20;
+pub(super) const FLUSH_LEN: u64 = 8 << 20;
 
 /// A regular file, or a block device, opened for reading.
 #[derive(Debug)]
@@ -116,7 +116,7 @@ pub fn open_to_change(path: &Path) -> Result<File, StoreError> {
     }
 }
 
-fn lock_failed(path: PathBuf, errno: Errno) -> StoreError {
+pub(super) fn lock_failed(path: PathBuf, errno: Errno) -> StoreError {
     StoreError::File {
         act: "lock",
         path,
@@ -166,7 +166,7 @@ pub struct FileIdentity {
 }
 
 impl FileIdentity {
-    fn of(metadata: &std::fs::Metadata) -> Self {
+    pub(super) fn of(metadata: &std::fs::Metadata) -> Self {
         FileIdentity {
             device: metadata.dev(),
             inode: metadata.ino(),
@@ -296,17 +296,19 @@ impl FileSink {
     }
 
     fn rename(&self) -> io::Result<()> {
-        if self.may_replace {
-            return std::fs::rename(&self.temporary, &self.target);
-        }
-        let flags = RenameFlags::NOREPLACE;
-        match rustix::fs::renameat_with(CWD, &self.temporary, CWD, &self.target, flags) {
-            // NFS and some others do not know this way of renaming.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                rename_by_link(&self.temporary, &self.target)
-            }
-            outcome => Ok(outcome?),
-        }
+        rename(&self.temporary, &self.target, self.may_replace)
+    }
+}
+
+/// Gives a file another name; without `may_replace` only if nothing has it.
+pub(super) fn rename(from: &Path, to: &Path, may_replace: bool) -> io::Result<()> {
+    if may_replace {
+        return std::fs::rename(from, to);
+    }
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // NFS and some others do not know this way of renaming.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => rename_by_link(from, to),
+        outcome => Ok(outcome?),
     }
 }
 
@@ -340,7 +342,7 @@ fn rename_by_link(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Makes the names in a directory durable, where its file system offers that.
-fn sync_names(directory: &File) -> io::Result<()> {
+pub(super) fn sync_names(directory: &File) -> io::Result<()> {
     match directory.sync_all() {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
         outcome => outcome,
@@ -348,14 +350,14 @@ fn sync_names(directory: &File) -> io::Result<()> {
 }
 
 /// The directory that holds `path`.
-fn parent(path: &Path) -> &Path {
+pub(super) fn parent(path: &Path) -> &Path {
     path.parent()
         .filter(|parent| !parent.as_os_str().is_empty())
         .unwrap_or(Path::new("."))
 }
 
 /// Lets the kernel begin to write what it holds of the file, without waiting for it.
-fn start_writeback(file: &File) {
+pub(super) fn start_writeback(file: &File) {
     // Advice that a page is not needed again starts its writeback; failure costs speed only.
     let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
 }

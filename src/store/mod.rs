@@ -1,4 +1,4 @@
-//! Where bytes live: files and pipes.
+//! Where bytes live: files, pipes, and files of other hosts.
 //!
 //! This module moves bytes and knows no format. A [`FileSink`] writes under a temporary name in the target's
 //! directory and takes the good name only when it is published; a [`PipeSink`] writes to a descriptor and keeps
@@ -7,11 +7,14 @@
 mod append;
 mod file;
 mod location;
+mod part;
 mod pipe;
+pub mod remote;
 
 pub use append::FileAppender;
 pub use file::{FileIdentity, FileSink, FileSource, check_target, open_to_change, temporary_name};
-pub use location::Location;
+pub use location::{Location, SshLocation};
+pub use part::PartFile;
 pub use pipe::{PipeSink, spool};
 
 use std::io;
@@ -62,6 +65,28 @@ pub enum StoreError {
         /// What was given.
         text: String,
     },
+    /// The file is on another host, and has to be here.
+    #[error("{there} is on another host")]
+    FarAway {
+        /// The location.
+        there: String,
+    },
+    /// Another program makes a file of that name.
+    #[error("{} is being written by another program", path.display())]
+    BeingMade {
+        /// The name.
+        path: PathBuf,
+    },
+    /// The file system has not enough room.
+    #[error("there is not enough room for {}: {needed} bytes are needed, {free} are free", path.display())]
+    NoRoom {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that are still to be written.
+        needed: u64,
+        /// Bytes that the file system can take.
+        free: u64,
+    },
     /// An image does not go to a terminal.
     #[error("standard output is a terminal, an image cannot go there")]
     Terminal,
@@ -78,11 +103,15 @@ pub enum StoreError {
 impl Blame for StoreError {
     fn kind(&self) -> ErrorKind {
         match self {
-            StoreError::Exists { .. } | StoreError::NotALocation { .. } | StoreError::Terminal => {
-                ErrorKind::Usage
-            }
+            StoreError::Exists { .. }
+            | StoreError::NotALocation { .. }
+            | StoreError::FarAway { .. }
+            | StoreError::Terminal => ErrorKind::Usage,
             StoreError::NotAFile { .. } => ErrorKind::Usage,
-            StoreError::InUse { .. } | StoreError::BeingChanged { .. } => ErrorKind::Host,
+            StoreError::InUse { .. }
+            | StoreError::BeingChanged { .. }
+            | StoreError::BeingMade { .. }
+            | StoreError::NoRoom { .. } => ErrorKind::Host,
             StoreError::File { .. } | StoreError::Pipe { .. } => ErrorKind::Failed,
         }
     }

@@ -53,6 +53,11 @@ pub fn linux_initrd() -> PathBuf {
     )
 }
 
+/// A program that starts sshd.
+pub fn sshd() -> PathBuf {
+    existing("bin/sshd", "sshd (Debian package openssh-server)")
+}
+
 /// A file that is checked in below `testdata`.
 pub fn testdata(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

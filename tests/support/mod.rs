@@ -30,6 +30,7 @@ mod process;
 mod qmp;
 mod restored;
 mod serial;
+mod sshd;
 mod wait;
 
 pub use assets::{Qemu, linux_initrd, linux_kernel, testdata};
@@ -42,4 +43,5 @@ pub use process::{Adopted, Process, processes_that_know};
 pub use qmp::Qmp;
 pub use restored::Restored;
 pub use serial::{Mark, Serial};
+pub use sshd::OtherHost;
 pub use wait::{PATIENCE, wait_until};

@@ -1,0 +1,236 @@
+//! The asking side: requests of many threads over one connection.
+//!
+//! There is no thread of its own that reads: one of those who wait for an answer reads for all, and hands the others
+//! what is theirs.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+
+use super::frame::{Frame, FrameType, MAX_BODY_LEN, MAX_REQUESTS, MAX_TEXT_LEN};
+use super::peer::lock;
+use super::{Peer, RemoteError};
+use crate::bytes::ReadAt;
+use crate::error::ErrorKind;
+
+/// Asks a [`Peer`]; any number of threads may.
+#[derive(Debug)]
+pub struct Asker {
+    peer: Arc<Peer>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    last: u64,
+    waiting: HashSet<u64>,
+    arrived: HashMap<u64, Frame>,
+    is_read: bool,
+    failed: Option<RemoteError>,
+}
+
+impl Asker {
+    /// Nobody else may read from this peer meanwhile.
+    pub fn new(peer: Arc<Peer>) -> Self {
+        Asker {
+            peer,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// The peer.
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Why the connection cannot be used any more, if so.
+    pub fn failure(&self) -> Option<RemoteError> {
+        lock(&self.state).failed.clone()
+    }
+
+    /// Asks, and waits for the answer, which has to be a frame of type `expected`.
+    ///
+    /// # Errors
+    /// [`RemoteError::Refused`] if the peer says that it failed; else the connection is gone.
+    pub fn ask(
+        &self,
+        frame_type: FrameType,
+        body: &[u8],
+        expected: FrameType,
+    ) -> Result<Vec<u8>, RemoteError> {
+        let number = self.begin()?;
+        let frame = match self.peer.write(frame_type, number, body) {
+            Ok(()) => self.wait(number)?,
+            Err(error) => return Err(self.fail(error)),
+        };
+        match frame.frame_type {
+            found if found == expected => Ok(frame.body),
+            FrameType::Failed => Err(refusal(&self.peer, &frame.body)),
+            _ => Err(self.fail(self.peer.broke("an answer of another kind"))),
+        }
+    }
+
+    /// A number of its own for a request, once few enough are on their way.
+    fn begin(&self) -> Result<u64, RemoteError> {
+        let mut state = lock(&self.state);
+        while state.waiting.len() + state.arrived.len() >= MAX_REQUESTS && state.failed.is_none() {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        state.last += 1;
+        let number = state.last;
+        state.waiting.insert(number);
+        Ok(number)
+    }
+
+    fn wait(&self, number: u64) -> Result<Frame, RemoteError> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(frame) = state.arrived.remove(&number) {
+                self.changed.notify_all();
+                return Ok(frame);
+            }
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            if state.is_read {
+                state = self
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(std::sync::PoisonError::into_inner);
+                continue;
+            }
+            state.is_read = true;
+            drop(state);
+            let outcome = self.peer.read();
+            state = lock(&self.state);
+            state.is_read = false;
+            match outcome {
+                Ok(frame) if state.waiting.remove(&frame.number) => {
+                    state.arrived.insert(frame.number, frame);
+                }
+                Ok(_) => state.failed = Some(self.peer.broke("an answer that nobody asked for")),
+                Err(error) => state.failed = Some(error),
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// Ends it for all.
+    fn fail(&self, error: RemoteError) -> RemoteError {
+        let mut state = lock(&self.state);
+        let error = state.failed.get_or_insert(error).clone();
+        self.changed.notify_all();
+        error
+    }
+}
+
+/// What the peer said in a frame of type [`FrameType::Failed`].
+pub(super) fn refusal(peer: &Peer, body: &[u8]) -> RemoteError {
+    let (kind, text) = body.split_first().unwrap_or((&1, &[]));
+    let kind = match kind {
+        2 => ErrorKind::Usage,
+        3 => ErrorKind::Image,
+        4 => ErrorKind::Host,
+        5 => ErrorKind::Remote,
+        6 => ErrorKind::Trust,
+        130 => ErrorKind::Interrupted,
+        _ => ErrorKind::Failed,
+    };
+    let text = &text[..text.len().min(MAX_TEXT_LEN)];
+    let text = String::from_utf8_lossy(text);
+    RemoteError::Refused {
+        peer: peer.name().to_owned(),
+        kind,
+        words: text.lines().map(str::to_owned).collect(),
+    }
+}
+
+/// A file of the other side, as long as it was when it was opened.
+#[derive(Debug, Clone)]
+pub struct RemoteFile {
+    asker: Arc<Asker>,
+    len: u64,
+}
+
+impl RemoteFile {
+    /// Has the peer open `path`.
+    ///
+    /// # Errors
+    /// [`RemoteError::Refused`] with the peer's reason.
+    pub fn open(asker: Arc<Asker>, path: &Path) -> Result<Self, RemoteError> {
+        use std::os::unix::ffi::OsStrExt;
+        let path = path.as_os_str().as_bytes();
+        let body = asker.ask(FrameType::Open, path, FrameType::Opened)?;
+        match <[u8; 8]>::try_from(body.as_slice()) {
+            Ok(len) => Ok(RemoteFile::offered(asker, u64::from_le_bytes(len))),
+            Err(_) => Err(asker.fail(asker.peer.broke("a length that is none"))),
+        }
+    }
+
+    /// The one file that the peer offers.
+    pub fn offered(asker: Arc<Asker>, len: u64) -> Self {
+        RemoteFile { asker, len }
+    }
+
+    /// Through which it is read.
+    pub fn asker(&self) -> &Arc<Asker> {
+        &self.asker
+    }
+
+    fn read_piece(&self, piece: &mut [u8], offset: u64) -> Result<(), RemoteError> {
+        let mut body = [0; 12];
+        let len = u32::try_from(piece.len()).unwrap_or(MAX_BODY_LEN);
+        body[..8].copy_from_slice(&offset.to_le_bytes());
+        body[8..].copy_from_slice(&len.to_le_bytes());
+        let data = self.asker.ask(FrameType::Read, &body, FrameType::Data)?;
+        if data.len() != piece.len() {
+            let error = self.asker.peer.broke("fewer or more bytes than asked for");
+            return Err(self.asker.fail(error));
+        }
+        piece.copy_from_slice(&data);
+        Ok(())
+    }
+}
+
+impl ReadAt for RemoteFile {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let end = offset.checked_add(buf.len() as u64);
+        if end.is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let pieces = buf.chunks_mut(MAX_BODY_LEN as usize);
+        for (piece, at) in pieces.zip((offset..).step_by(MAX_BODY_LEN as usize)) {
+            self.read_piece(piece, at).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        let body = offset.to_le_bytes();
+        let answer = self
+            .asker
+            .ask(FrameType::NextData, &body, FrameType::Place)
+            .map_err(io::Error::other)?;
+        let place = <[u8; 8]>::try_from(answer.as_slice()).map(u64::from_le_bytes);
+        match place {
+            Ok(place) if (offset..=self.len).contains(&place) => Ok(place),
+            _ => {
+                let error = self.asker.peer.broke("a place outside the file");
+                Err(io::Error::other(self.asker.fail(error)))
+            }
+        }
+    }
+}

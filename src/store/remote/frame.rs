@@ -1,0 +1,203 @@
+//! The greeting and the frames: bytes ⇄ values.
+//!
+//! Source: spec/transfer.md §1 and §2.
+
+use std::io::{self, Read, Write};
+
+/// What both sides send first.
+pub const GREETING: [u8; 8] = *b"\x89VMSTOW\n";
+
+/// The one version of the protocol.
+pub const VERSION: u32 = 1;
+
+/// The largest body, and the most bytes that one [`FrameType::Read`] asks for.
+pub const MAX_BODY_LEN: u32 = 1 << 20;
+
+/// The longest order, report, or text of a failure.
+pub const MAX_TEXT_LEN: usize = 64 << 10;
+
+/// The most requests that wait for an answer.
+pub const MAX_REQUESTS: usize = 64;
+
+const HEADER_LEN: usize = 16;
+
+/// What a frame is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameType {
+    /// Asks for a file to be opened.
+    Open = 1,
+    /// Asks for bytes.
+    Read = 2,
+    /// Asks where the next data are.
+    NextData = 3,
+    /// Asks the peer to make a file of the one that is offered.
+    Receive = 4,
+    /// Tells how much is there.
+    Progress = 5,
+    /// The file is open.
+    Opened = 16,
+    /// Bytes.
+    Data = 17,
+    /// Where the next data are.
+    Place = 18,
+    /// The file is made.
+    Received = 19,
+    /// It failed.
+    Failed = 20,
+}
+
+impl FrameType {
+    /// All of them.
+    pub const ALL: [FrameType; 10] = [
+        FrameType::Open,
+        FrameType::Read,
+        FrameType::NextData,
+        FrameType::Receive,
+        FrameType::Progress,
+        FrameType::Opened,
+        FrameType::Data,
+        FrameType::Place,
+        FrameType::Received,
+        FrameType::Failed,
+    ];
+
+    /// The number that stands for it in a frame.
+    pub fn number(self) -> u8 {
+        self as u8
+    }
+}
+
+/// One frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// What it is.
+    pub frame_type: FrameType,
+    /// Whose answer it is, or which request.
+    pub number: u64,
+    /// At most [`MAX_BODY_LEN`] bytes.
+    pub body: Vec<u8>,
+}
+
+/// Why no frame could be read.
+#[derive(Debug)]
+pub enum FrameError {
+    /// The pipe ended or broke.
+    Io(io::Error),
+    /// What came is no frame.
+    Rule(&'static str),
+}
+
+impl From<io::Error> for FrameError {
+    fn from(error: io::Error) -> Self {
+        FrameError::Io(error)
+    }
+}
+
+/// Reads the next frame. Nothing is allocated for a body beyond what is allowed, nor before it arrives.
+///
+/// # Errors
+/// [`FrameError`]; `UnexpectedEof` where the pipe ends.
+pub fn read_frame(input: &mut dyn Read) -> Result<Frame, FrameError> {
+    let mut header = [0; HEADER_LEN];
+    input.read_exact(&mut header)?;
+    let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+    if len > MAX_BODY_LEN {
+        return Err(FrameError::Rule("a frame that is too long"));
+    }
+    let frame_type = FrameType::ALL
+        .into_iter()
+        .find(|it| it.number() == header[4]);
+    let frame_type = frame_type.ok_or(FrameError::Rule("a frame of an unknown type"))?;
+    if header[5..8] != [0; 3] {
+        return Err(FrameError::Rule("a frame whose zeros are not"));
+    }
+    let mut body = Vec::with_capacity(len as usize);
+    input.take(len.into()).read_to_end(&mut body)?;
+    if body.len() != len as usize {
+        return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()));
+    }
+    let mut number = [0; 8];
+    number.copy_from_slice(&header[8..]);
+    Ok(Frame {
+        frame_type,
+        number: u64::from_le_bytes(number),
+        body,
+    })
+}
+
+/// Writes one frame, whose body must not be longer than [`MAX_BODY_LEN`], and sends it off.
+///
+/// # Errors
+/// What the pipe says.
+pub fn write_frame(
+    output: &mut dyn Write,
+    frame_type: FrameType,
+    number: u64,
+    body: &[u8],
+) -> io::Result<()> {
+    let len = u32::try_from(body.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut header = [0; HEADER_LEN];
+    header[..4].copy_from_slice(&len.to_le_bytes());
+    header[4] = frame_type.number();
+    header[8..].copy_from_slice(&number.to_le_bytes());
+    output.write_all(&header)?;
+    output.write_all(body)?;
+    output.flush()
+}
+
+/// Our greeting.
+pub fn greeting() -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&GREETING);
+    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[12..].copy_from_slice(&VERSION.to_le_bytes());
+    bytes
+}
+
+/// The lowest and the highest version of a greeting; `None` if it is none.
+pub fn parse_greeting(bytes: &[u8; 16]) -> Option<(u32, u32)> {
+    let version = |at: usize| {
+        let bytes = [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
+        u32::from_le_bytes(bytes)
+    };
+    (bytes[..8] == GREETING).then(|| (version(8), version(12)))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_frame_is_read_as_it_was_written(
+            which in 0..FrameType::ALL.len(),
+            number: u64,
+            body in proptest::collection::vec(any::<u8>(), 0..5000),
+        ) {
+            let mut bytes = Vec::new();
+            let frame_type = FrameType::ALL[which];
+            write_frame(&mut bytes, frame_type, number, &body).unwrap();
+            let frame = read_frame(&mut bytes.as_slice()).unwrap();
+            prop_assert_eq!(frame, Frame { frame_type, number, body });
+        }
+
+        #[test]
+        fn any_bytes_are_a_frame_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = read_frame(&mut bytes.as_slice());
+        }
+    }
+
+    #[test]
+    fn a_frame_that_is_too_long_is_refused_before_it_is_read() {
+        let mut header = [0; HEADER_LEN];
+        header[..4].copy_from_slice(&(MAX_BODY_LEN + 1).to_le_bytes());
+        header[4] = FrameType::Data.number();
+        assert!(matches!(
+            read_frame(&mut header.as_slice()),
+            Err(FrameError::Rule("a frame that is too long"))
+        ));
+    }
+}

@@ -1,0 +1,186 @@
+//! The connection: two pipes, the greeting, and the program that holds their other ends.
+
+use std::io::{self, Read, Write};
+use std::process::Child;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::RemoteError;
+use super::frame::{
+    self, Frame, FrameError, FrameType, VERSION, greeting, parse_greeting, read_frame,
+};
+
+/// How long a program that we started may take to end once nobody talks to it.
+const END_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The other side of a connection. Any thread may write; one at a time reads.
+pub struct Peer {
+    name: String,
+    input: Mutex<Box<dyn Read + Send>>,
+    output: Mutex<Option<Box<dyn Write + Send>>>,
+    child: Mutex<Option<Child>>,
+}
+
+impl Peer {
+    /// Greets whoever holds the other ends of these pipes. `child` is the program that does, if we started it.
+    ///
+    /// # Errors
+    /// [`RemoteError::NoGreeting`], [`RemoteError::NoCommonVersion`].
+    pub fn greet(
+        name: String,
+        input: impl Read + Send + 'static,
+        output: impl Write + Send + 'static,
+        child: Option<Child>,
+    ) -> Result<Self, RemoteError> {
+        let peer = Peer {
+            name,
+            input: Mutex::new(Box::new(input)),
+            output: Mutex::new(Some(Box::new(output))),
+            child: Mutex::new(child),
+        };
+        // Who ended already cannot be written to; why it did is told by what it sent.
+        let _ = peer.write_bytes(&greeting());
+        let mut bytes = [0; 16];
+        let mut len = 0;
+        while len < bytes.len() {
+            match peer.input().read(&mut bytes[len..]) {
+                Ok(0) => break,
+                Ok(read) => len += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        let versions = (len == bytes.len()).then(|| parse_greeting(&bytes));
+        match versions.flatten() {
+            None => Err(RemoteError::NoGreeting {
+                peer: peer.name.clone(),
+                why: peer.why_no_greeting(&bytes[..len]),
+            }),
+            Some((lowest, highest)) if lowest > VERSION || highest < VERSION => {
+                Err(RemoteError::NoCommonVersion {
+                    peer: peer.name.clone(),
+                    lowest,
+                    highest,
+                    ours: VERSION,
+                })
+            }
+            Some(_) => Ok(peer),
+        }
+    }
+
+    /// Who it is, for people.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Reads the next frame.
+    ///
+    /// # Errors
+    /// [`RemoteError::Ended`]; [`RemoteError::BrokenRule`].
+    pub fn read(&self) -> Result<Frame, RemoteError> {
+        let outcome = read_frame(&mut *self.input());
+        outcome.map_err(|error| match error {
+            FrameError::Io(error) => self.ended(&error),
+            FrameError::Rule(rule) => self.broke(rule),
+        })
+    }
+
+    /// Sends a frame.
+    ///
+    /// # Errors
+    /// [`RemoteError::Ended`].
+    pub fn write(
+        &self,
+        frame_type: FrameType,
+        number: u64,
+        body: &[u8],
+    ) -> Result<(), RemoteError> {
+        let outcome = match &mut *lock(&self.output) {
+            Some(output) => frame::write_frame(output, frame_type, number, body),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        };
+        outcome.map_err(|error| self.ended(&error))
+    }
+
+    fn write_bytes(&self, bytes: &[u8]) -> io::Result<()> {
+        match &mut *lock(&self.output) {
+            Some(output) => output.write_all(bytes).and_then(|()| output.flush()),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    /// A rule that the other side broke.
+    pub(super) fn broke(&self, rule: &'static str) -> RemoteError {
+        RemoteError::BrokenRule {
+            peer: self.name.clone(),
+            rule,
+        }
+    }
+
+    fn ended(&self, error: &io::Error) -> RemoteError {
+        let mut why = Vec::new();
+        let is_end = matches!(
+            error.kind(),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe
+        );
+        if !is_end {
+            why.push(error.to_string());
+        }
+        why.extend(self.how_child_ended());
+        RemoteError::Ended {
+            peer: self.name.clone(),
+            why,
+        }
+    }
+
+    fn why_no_greeting(&self, found: &[u8]) -> Vec<String> {
+        let said = (!found.is_empty()).then(|| {
+            let text = String::from_utf8_lossy(found);
+            format!("it begins with {text:?}")
+        });
+        said.into_iter().chain(self.how_child_ended()).collect()
+    }
+
+    /// How the program at the other ends ended, if it did, or does when nobody talks to it any more.
+    fn how_child_ended(&self) -> Option<String> {
+        lock(&self.output).take();
+        let mut child = lock(&self.child);
+        let child = child.as_mut()?;
+        let begin = Instant::now();
+        while begin.elapsed() < END_PATIENCE {
+            match child.try_wait() {
+                Ok(Some(status)) => return Some(format!("ssh ended: {status}")),
+                Ok(None) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+
+    fn input(&self) -> MutexGuard<'_, Box<dyn Read + Send>> {
+        lock(&self.input)
+    }
+}
+
+impl Drop for Peer {
+    /// The program that we started ends with its pipes; if it does not, it is ended.
+    fn drop(&mut self) {
+        if self.how_child_ended().is_none()
+            && let Some(child) = lock(&self.child).as_mut()
+        {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Peer").field(&self.name).finish()
+    }
+}
+
+/// Whoever panicked with it left whole frames behind, or a pipe that says so itself.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,165 @@
+//! The side that somebody else started: reads and makes files for the program at the other end.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::{CopyReport, CopyRequest, ReceiveRequest, TransferError, receive};
+use crate::bytes::ReadAt;
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::store::remote::{Asker, FrameType, Giver, MAX_TEXT_LEN, Peer, RemoteError, RemoteFile};
+use crate::store::{FileSource, SshLocation};
+
+/// How often the other side hears how far it is.
+const TELL_EVERY: Duration = Duration::from_millis(100);
+
+/// What the peer is to make; spec/transfer.md §4.
+#[derive(Debug, Serialize, Deserialize)]
+struct Order {
+    path: String,
+    length: u64,
+    replace: bool,
+    bytes_per_second: Option<u64>,
+}
+
+/// The order to copy `length` bytes to `there`.
+pub fn order(there: &SshLocation, request: &CopyRequest, length: u64) -> Result<Vec<u8>> {
+    let path = there
+        .path
+        .to_str()
+        .ok_or_else(|| unclear("a path that is not UTF-8"))?;
+    let order = Order {
+        path: path.to_owned(),
+        length,
+        replace: request.may_replace,
+        bytes_per_second: request.bytes_per_second,
+    };
+    serde_json::to_vec(&order).map_err(|error| unclear(&error.to_string()).into())
+}
+
+fn unclear(what: &str) -> TransferError {
+    TransferError::Order {
+        what: what.to_owned(),
+    }
+}
+
+/// Serves the program at the other end of `peer` until it ends.
+///
+/// # Errors
+/// [`RemoteError::BrokenRule`]; a connection that just ends is none.
+pub fn serve(peer: Peer) -> Result<()> {
+    let peer = Arc::new(peer);
+    let mut file: Option<FileSource> = None;
+    let mut giver = Giver::default();
+    loop {
+        let frame = match peer.read() {
+            Err(RemoteError::Ended { .. }) => return Ok(()),
+            other => other?,
+        };
+        let number = frame.number;
+        let outcome = match frame.frame_type {
+            FrameType::Open => open(&frame.body).and_then(|opened| {
+                let len = opened.len();
+                file = Some(opened);
+                Ok(peer.write(FrameType::Opened, number, &len.to_le_bytes())?)
+            }),
+            FrameType::Receive => make(&peer, &frame.body)
+                .and_then(|report| Ok(peer.write(FrameType::Received, number, &report)?)),
+            _ => match giver.answer(&peer, &frame, file.as_ref().map(|it| it as &dyn ReadAt))? {
+                true => Ok(()),
+                false => return Err(broken(&peer)),
+            },
+        };
+        if let Err(error) = outcome {
+            match error.downcast_ref() {
+                Some(RemoteError::Ended { .. }) => return Ok(()),
+                _ => peer.refuse(number, &error)?,
+            }
+        }
+    }
+}
+
+fn broken(peer: &Peer) -> Error {
+    let rule = "a frame that does not belong here";
+    let peer = peer.name().to_owned();
+    RemoteError::BrokenRule { peer, rule }.into()
+}
+
+fn open(path: &[u8]) -> Result<FileSource> {
+    let path = Path::new(std::ffi::OsStr::from_bytes(path));
+    let file = FileSource::open(path)?;
+    file.lock_shared(path)?;
+    Ok(file)
+}
+
+/// Makes the file that is ordered of the one that is offered.
+fn make(peer: &Arc<Peer>, order: &[u8]) -> Result<Vec<u8>> {
+    if order.len() > MAX_TEXT_LEN {
+        return Err(unclear("it is too long").into());
+    }
+    let order: Order =
+        serde_json::from_slice(order).map_err(|error| unclear(&error.to_string()))?;
+    let asker = Arc::new(Asker::new(Arc::clone(peer)));
+    let source = RemoteFile::offered(Arc::clone(&asker), order.length);
+    let request = ReceiveRequest {
+        target: PathBuf::from(order.path),
+        may_replace: order.replace,
+        bytes_per_second: order.bytes_per_second,
+        is_far: true,
+    };
+    let teller = Teller::new(&asker);
+    let outcome = receive(&source, &request, &teller);
+    let report: CopyReport = outcome.map_err(|error| asker.failure().map_or(error, Error::from))?;
+    teller.tell();
+    serde_json::to_vec(&report).map_err(|error| unclear(&error.to_string()).into())
+}
+
+/// Tells the other side how far it is.
+struct Teller<'a> {
+    asker: &'a Asker,
+    done: AtomicU64,
+    all: AtomicU64,
+    told: Mutex<Instant>,
+}
+
+impl<'a> Teller<'a> {
+    fn new(asker: &'a Asker) -> Self {
+        Teller {
+            asker,
+            done: AtomicU64::new(0),
+            all: AtomicU64::new(0),
+            told: Mutex::new(Instant::now()),
+        }
+    }
+
+    fn tell(&self) {
+        let values = [&self.done, &self.all].map(|value| value.load(Ordering::Relaxed));
+        let body = values.map(u64::to_le_bytes).concat();
+        // Whoever does not hear it does not answer either, and that is seen elsewhere.
+        let _ = self.asker.peer().write(FrameType::Progress, 0, &body);
+    }
+}
+
+impl Progress for Teller<'_> {
+    fn begin(&self, _phase: &str, total: Option<u64>) {
+        self.all.store(total.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.elapsed() >= TELL_EVERY {
+            *told = Instant::now();
+            self.tell();
+        }
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.asker.failure().is_some()
+    }
+}
