@@ -111,12 +111,9 @@ fn known_facts_of_real_streams_are_found() {
 fn a_description_that_is_taken_away_leaves_the_same_sections() {
     for (name, _) in WITH_DESCRIPTION {
         let bytes = stream(name);
-        let mut expected = parsed(name);
+        let expected = parsed(name);
         let end = usize::try_from(expected.vmdescription.as_ref().unwrap().offset.0).unwrap() - 5;
         let found = parse(&bytes[..end]).unwrap();
-        for section in &mut expected.sections {
-            section.len = None;
-        }
         assert_eq!(found.sections, expected.sections, "{name}");
         assert_eq!(found.run_state, expected.run_state, "{name}");
     }
@@ -127,7 +124,7 @@ fn a_stream_written_without_a_description_is_read() {
     let summary = parsed("suppress-vmdesc-10.0");
     assert!(summary.vmdescription.is_none());
     assert!(summary.sections.len() > 20);
-    assert!(summary.sections.iter().all(|section| section.len.is_none()));
+    assert!(summary.sections.iter().all(|section| section.len.is_some()));
     assert_eq!(summary.run_state.as_deref(), Some("paused"));
 }
 

@@ -19,7 +19,9 @@ const SHOWN_ELEMENTS: usize = 64;
 /// Prints what was asked for.
 pub fn show(args: &InspectArgs, devices: &Devices, ui: &Ui) -> Outcome {
     if !devices.is_described() {
-        ui.warn("the stream does not describe its devices: only their names and places are known");
+        ui.warn(
+            "the stream does not describe its devices: what their bytes mean is not known; of an image --ask-qemu tells it",
+        );
     }
     if args.registers {
         let all = registers(&devices.devices);
@@ -100,6 +102,7 @@ fn is_plain(value: &Value) -> bool {
     !matches!(value, Value::Struct { .. } | Value::Elements(_))
 }
 
+/// A value that is neither struct nor array.
 fn plain(value: &Value) -> String {
     match value {
         Value::Bool(value) => value.to_string(),
@@ -114,6 +117,7 @@ fn plain(value: &Value) -> String {
     }
 }
 
+/// Says how many of `len` are not among the first `shown`.
 fn more(len: usize, shown: usize) -> String {
     match len.checked_sub(shown) {
         None | Some(0) => String::new(),

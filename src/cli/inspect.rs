@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::Value;
 
+use super::ask_qemu::AskQemuArgs;
 use super::ui::{Ui, printable};
 use super::{About, Outcome};
 use crate::container::manifest::{Resource, StreamSummary};
@@ -43,6 +44,9 @@ pub struct InspectArgs {
     /// Show the registers of each virtual processor
     #[arg(long, conflicts_with_all = ["xml", "devices", "device"])]
     pub(super) registers: bool,
+
+    #[command(flatten)]
+    ask_qemu: AskQemuArgs,
 }
 
 impl InspectArgs {
@@ -58,7 +62,7 @@ pub fn run(args: &InspectArgs, ui: &Ui) -> Outcome {
         other => other.about(&args.image)?,
     };
     if args.looks_at_devices() {
-        let devices = Devices::of_image(&opened).about(&args.image)?;
+        let devices = args.ask_qemu.devices(&opened, &args.image, ui)?;
         return super::devices::show(args, &devices, ui);
     }
     if args.xml {

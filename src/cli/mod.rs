@@ -2,6 +2,7 @@
 //!
 //! Answers go to stdout, everything else to stderr through `Ui`. Nobody imports this module but `main`.
 
+mod ask_qemu;
 mod completion;
 mod config;
 mod console;

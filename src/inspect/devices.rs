@@ -13,7 +13,7 @@ use crate::image::OpenedImage;
 use crate::pipeline;
 use crate::progress::Progress;
 use crate::store::StoreError;
-use crate::stream::{DeviceFields, Value, device_fields};
+use crate::stream::{DeviceFields, Value, device_fields, device_fields_by};
 use crate::units::StreamOffset;
 
 /// Which device was meant.
@@ -155,14 +155,24 @@ impl Devices {
         })
     }
 
-    /// Whether the stream tells what its devices' bytes mean.
+    /// Whether it is known what the bytes of any device mean.
     pub fn is_described(&self) -> bool {
-        self.devices.iter().any(|device| device.len.is_some())
+        self.devices.iter().any(|device| device.is_described)
+    }
+
+    /// The same devices, their bytes taken apart as the description of another stream says. Those that it does not fit
+    /// stay without fields.
+    ///
+    /// # Errors
+    /// A description that is none.
+    pub fn described_by(self, description: &str) -> Result<Self> {
+        let devices = device_fields_by(&self.region, self.start, description)?;
+        Ok(Devices { devices, ..self })
     }
 }
 
 /// `cpu#1`.
-fn shown(device: &DeviceFields) -> String {
+pub(super) fn shown(device: &DeviceFields) -> String {
     format!("{}#{}", device.idstr, device.instance_id)
 }
 

@@ -108,6 +108,17 @@ pub enum RestoreError {
     /// QEMU said that it could not load the stream.
     #[error("QEMU did not load the migration stream")]
     NotLoaded,
+    /// QEMU is given the image a second time.
+    #[error(
+        "QEMU can describe the devices of an image that lies in a file, not of one that comes through a pipe"
+    )]
+    DescribedPipe,
+    /// QEMU loaded the devices and did not describe them.
+    #[error("QEMU does not describe the devices of {guest}")]
+    NotDescribed {
+        /// The guest.
+        guest: String,
+    },
     /// QEMU ended before the guest was loaded.
     #[error("QEMU could not load {guest}, which was not restored; its image is as it was")]
     QemuGaveUp {
@@ -189,6 +200,7 @@ impl Blame for RestoreError {
             RestoreError::NameTaken { .. }
             | RestoreError::NotMapped { .. }
             | RestoreError::MappedPipe
+            | RestoreError::DescribedPipe
             | RestoreError::SharedDisks { .. }
             | RestoreError::ClonesOfPipe => ErrorKind::Usage,
             RestoreError::Clone { why, .. } => why.kind(),

@@ -14,6 +14,7 @@
 
 mod check;
 mod clones;
+mod describe;
 mod error;
 mod incoming;
 mod lazy;
@@ -30,6 +31,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 pub use clones::restore_clones;
+pub use describe::describe_devices;
 pub use error::RestoreError;
 use incoming::Given;
 pub use incoming::Way;

@@ -22,8 +22,10 @@ pub struct DeviceFields {
     pub version_id: u32,
     /// Where its payload begins in the stream.
     pub offset: u64,
-    /// The bytes of its payload; `None` if the stream does not describe it.
+    /// The bytes of its payload; `None` if nothing tells where it ends.
     pub len: Option<u64>,
+    /// Whether it is known what its bytes mean: all of them lie in its fields and subsections then.
+    pub is_described: bool,
     /// Its fields.
     pub fields: Vec<Field>,
     /// The parts that only some guests have.
@@ -90,43 +92,54 @@ pub enum Value {
 /// section does not fit its own sizes.
 pub fn device_fields(region: &[u8], start: StreamOffset) -> Result<Vec<DeviceFields>, StreamError> {
     let state = device_state::read(region, start, None)?;
+    let devices = state.sections.into_iter().map(DeviceFields::undescribed);
     let Some(json) = &state.vmdescription else {
-        let undescribed = state.sections.into_iter();
-        return Ok(undescribed.map(DeviceFields::undescribed).collect());
+        return Ok(devices.collect());
     };
-    let bad = |offset: StreamOffset, fact: &str| StreamError::BadVmDescription {
-        at: Place::after(offset, None),
-        source: serde::de::Error::custom(fact),
-    };
-    let description: Description =
-        serde_json::from_str(&json.json).map_err(|source| StreamError::BadVmDescription {
-            at: Place::after(json.offset, None),
-            source,
-        })?;
-    let sections = state.sections.into_iter().zip(&description.devices);
-    let decoded = sections.map(|(section, described)| {
-        let first = usize::try_from(section.offset.0.saturating_sub(start.0)).ok();
-        let len = section.len.and_then(|len| usize::try_from(len).ok());
-        let payload = first.zip(len).and_then(|(first, len)| {
-            let end = first.checked_add(len)?;
-            region.get(first..end)
-        });
-        let misfit = || bad(section.offset, "the sizes of its fields do not add up");
-        let mut reader = Reader {
-            bytes: payload.ok_or_else(misfit)?,
-            at: 0,
-        };
-        let (fields, subsections) = reader.members(&described.members).ok_or_else(misfit)?;
-        if reader.at != reader.bytes.len() {
-            return Err(misfit());
-        }
-        Ok(DeviceFields {
-            fields,
-            subsections,
-            ..DeviceFields::undescribed(section)
-        })
+    let description = Description::parse(&json.json, json.offset)?;
+    let described = devices.zip(&description.devices);
+    let decoded = described.map(|(device, described)| {
+        let offset = StreamOffset(device.offset);
+        let misfit = || bad(offset, "the sizes of its fields do not add up");
+        device
+            .decoded(region, start, described)
+            .map_err(|_| misfit())
     });
     decoded.collect()
+}
+
+/// The region's sections, field by field, as another stream describes them: one whose guest has the same devices in the
+/// same state. A section that this does not fit to its last byte, name, instance, version and subsections included,
+/// stays without fields.
+///
+/// # Errors
+/// Whatever is wrong with the region; [`StreamError::BadVmDescription`] if that is no description at all.
+pub fn device_fields_by(
+    region: &[u8],
+    start: StreamOffset,
+    description: &str,
+) -> Result<Vec<DeviceFields>, StreamError> {
+    let state = device_state::read(region, start, None)?;
+    let description = Description::parse(description, start)?;
+    let devices = state.sections.into_iter().map(DeviceFields::undescribed);
+    let decoded = devices.map(|device| {
+        let mut all = description.devices.iter();
+        match all.find(|described| described.is_of(&device)) {
+            Some(described) => {
+                let decoded = device.decoded(region, start, described);
+                decoded.unwrap_or_else(|device| *device)
+            }
+            None => device,
+        }
+    });
+    Ok(decoded.collect())
+}
+
+fn bad(offset: StreamOffset, fact: &str) -> StreamError {
+    StreamError::BadVmDescription {
+        at: Place::after(offset, None),
+        source: serde::de::Error::custom(fact),
+    }
 }
 
 impl DeviceFields {
@@ -137,8 +150,37 @@ impl DeviceFields {
             version_id: section.version_id,
             offset: section.offset.0,
             len: section.len,
+            is_described: false,
             fields: Vec::new(),
             subsections: Vec::new(),
+        }
+    }
+
+    /// With its fields; as it was if its payload is not what the description says.
+    fn decoded(
+        self,
+        region: &[u8],
+        start: StreamOffset,
+        described: &Described,
+    ) -> Result<Self, Box<Self>> {
+        let payload = || {
+            let first = usize::try_from(self.offset.checked_sub(start.0)?).ok()?;
+            let end = first.checked_add(usize::try_from(self.len?).ok()?)?;
+            region.get(first..end)
+        };
+        let members = payload().and_then(|bytes| {
+            let mut reader = Reader { bytes, at: 0 };
+            let members = reader.members(&described.members)?;
+            (reader.at == bytes.len()).then_some(members)
+        });
+        match members {
+            Some((fields, subsections)) => Ok(DeviceFields {
+                is_described: true,
+                fields,
+                subsections,
+                ..self
+            }),
+            None => Err(Box::new(self)),
         }
     }
 
@@ -165,8 +207,36 @@ struct Description {
 
 #[derive(Debug, Deserialize)]
 struct Described {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    instance_id: i64,
+    /// Absent for sections of the old style.
+    version: Option<u32>,
     #[serde(flatten)]
     members: Members,
+}
+
+impl Description {
+    fn parse(json: &str, at: StreamOffset) -> Result<Self, StreamError> {
+        serde_json::from_str(json).map_err(|source| StreamError::BadVmDescription {
+            at: Place::after(at, None),
+            source,
+        })
+    }
+}
+
+impl Described {
+    /// Whether it is the device's.
+    fn is_of(&self, device: &DeviceFields) -> bool {
+        let instance = device.instance_id;
+        let is_instance = self.instance_id == i64::from(instance)
+            || self.instance_id == i64::from(instance.cast_signed());
+        let is_version = self
+            .version
+            .is_none_or(|version| version == device.version_id);
+        self.name == device.idstr && is_instance && is_version
+    }
 }
 
 /// What devices, structs and subsections have in common.

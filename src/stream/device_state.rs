@@ -26,7 +26,7 @@ pub struct DeviceSection {
     pub section_id: u32,
     /// Where its payload begins.
     pub offset: StreamOffset,
-    /// The bytes of its payload; `None` without a vmdescription.
+    /// The bytes of its payload; `None` if neither a vmdescription nor its footer tells.
     pub len: Option<u64>,
 }
 

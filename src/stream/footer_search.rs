@@ -23,7 +23,7 @@ const FOLLOWERS_LIMIT: usize = 256;
 
 /// The sections in `bytes`, which begin at `start` in the stream and end before the EOF byte.
 ///
-/// `None` if `bytes` are no row of sections. Lengths are never given.
+/// `None` if `bytes` are no row of sections. Lengths are given if there is one way only.
 pub(super) fn search(bytes: &[u8], start: StreamOffset) -> Option<Vec<DeviceSection>> {
     if bytes.is_empty() {
         return Some(Vec::new());
@@ -138,10 +138,16 @@ impl Search<'_> {
             Some(Ways::One(before)) => *before,
             _ => None,
         };
-        let positions = std::iter::successors(last, before);
-        let mut sections: Vec<_> = positions
-            .map(|at| self.section(at))
-            .collect::<Option<_>>()?;
+        let mut sections = Vec::new();
+        let mut end = self.bytes.len();
+        for at in std::iter::successors(last, before) {
+            let mut section = self.section(at)?;
+            let payload = usize::try_from(section.offset.0 - self.start.0).ok()?;
+            let footer = footer(section.section_id).len();
+            section.len = Some(end.checked_sub(footer)?.checked_sub(payload)? as u64);
+            sections.push(section);
+            end = at;
+        }
         sections.reverse();
         Some(sections)
     }
@@ -168,6 +174,11 @@ mod tests {
         Some(sections.into_iter().map(|one| one.idstr).collect())
     }
 
+    fn lens(bytes: &[u8]) -> Vec<Option<u64>> {
+        let sections = search(bytes, StreamOffset(100)).unwrap();
+        sections.into_iter().map(|one| one.len).collect()
+    }
+
     #[test]
     fn one_way_through_the_footers_is_the_truth() {
         let bytes = [
@@ -175,8 +186,9 @@ mod tests {
             section(2, &[]),
             section(3, &[0x7e, 0, 0, 0, 3, 9]),
         ];
-        let names = names(&bytes.concat()).unwrap();
-        assert_eq!(names, ["b", "c", "d"]);
+        let bytes = bytes.concat();
+        assert_eq!(names(&bytes).unwrap(), ["b", "c", "d"]);
+        assert_eq!(lens(&bytes), [Some(3), Some(0), Some(6)]);
     }
 
     #[test]
@@ -185,6 +197,7 @@ mod tests {
         let forged = [&footer(1)[..], &inner, &section(4, b"")[..15]].concat();
         let bytes = [section(1, &forged), section(4, b"")].concat();
         assert_eq!(names(&bytes).unwrap(), ["b"]);
+        assert_eq!(lens(&bytes), [None]);
     }
 
     #[test]

@@ -35,7 +35,7 @@ mod vmdescription;
 pub mod wire;
 pub mod writer;
 
-pub use device_fields::{DeviceFields, Field, Subsection, Value, device_fields};
+pub use device_fields::{DeviceFields, Field, Subsection, Value, device_fields, device_fields_by};
 pub use device_state::{DeviceSection, VmDescription, sections_of};
 pub use error::{Place, StreamError};
 pub use parser::{Element, Event, Parser, StreamSummary, is_stream_start};

@@ -285,12 +285,14 @@ fn bytes_behind_the_end_are_refused() {
 }
 
 #[test]
-fn without_a_vmdescription_sections_are_found_but_not_measured() {
+fn without_a_vmdescription_sections_are_found_and_measured_by_their_footers() {
     let mut sample = Sample::new();
     sample.has_description = false;
     for tail in [&b""[..], b"\x06\0\0\0\0"] {
         let summary = whole(&[&sample.bytes(), tail].concat()).unwrap();
-        assert_eq!((summary.sections.len(), summary.sections[1].len), (2, None));
+        let lens = summary.sections.iter().map(|section| section.len);
+        let expected = [sample.timer.len() as u64, 104].map(Some);
+        assert_eq!(lens.collect::<Vec<_>>(), expected);
         assert_eq!(summary.run_state.as_deref(), Some("paused"));
         assert_eq!(summary.vmdescription, None);
     }
