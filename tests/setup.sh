@@ -3,7 +3,7 @@
 # what the tests and the comparison with other tools need: `tests/setup.sh --bench`.
 #
 # System packages are installed with apt (as root). Everything else goes to target/test-assets: QEMU 7.2, which cannot
-# be installed beside QEMU 10, and a Linux guest. Running it again is quick and changes nothing.
+# be installed beside QEMU 10, what reads QEMU's streams, and a Linux guest. Running it again is quick and changes nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,6 +19,7 @@ test_packages=(
     swtpm ovmf               # the TPM and the firmware of guests that are run from XML
     util-linux iproute2      # what only a test may see: its own network, /etc and /var
     zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
+    xz-utils                 # QEMU's source packages
     libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
 )
 bench_packages=(openssl) # a digest to be held against
@@ -209,6 +210,51 @@ END
     chmod +x "$wrapper"
 }
 
+# The package sources of Debian 12 and its backports among apt's own, as sources of source packages, in a directory.
+list_source_packages() {
+    local into=$1 file
+    grep -hE '^deb .*\sbookworm(-backports)?\s+main' /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null |
+        sed 's/^deb /deb-src /' >"$into/all.list" || true
+    for file in /etc/apt/sources.list.d/*.sources; do
+        [ -e "$file" ] || continue
+        { cat "$file"; echo; }
+    done | awk -v RS= '("\n" $0 "\n") ~ /\nSuites:([^\n]* )?bookworm(-backports)?( [^\n]*)?\n/ { print $0 "\n" }' |
+        sed -e '/^#/d' -e 's/^Types:.*/Types: deb-src/' >"$into/all.sources"
+}
+
+# QEMU's own reader of migration streams, one script of each version's source package: it judges ours. It is not in any
+# other package. Apt gets lists of its own for this, so that those of the system stay as they are.
+fetch_stream_readers() {
+    local work=$assets/sources reader version prefix
+    local -A readers=([10]='1:1[0-9]\.' [7.2]='1:7\.2')
+    for version in "${!readers[@]}"; do
+        [ ! -s "$assets/bin/analyze-migration-$version.py" ] || unset "readers[$version]"
+    done
+    [ "${#readers[@]}" -gt 0 ] || return 0
+    check_distribution "the source of QEMU, for its scripts/analyze-migration.py"
+    say "fetching QEMU's own reader of migration streams, from its source packages (80 MB)"
+    rm -rf "$work"
+    mkdir -p "$work/parts" "$work/lists/partial" "$work/cache/archives/partial" "$assets/bin"
+    list_source_packages "$work/parts"
+    local apt=(-qq -o Dir::Etc::SourceList=/dev/null -o "Dir::Etc::SourceParts=$work/parts" -o "Dir::State::Lists=$work/lists"
+        -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=root -o Acquire::Languages=none)
+    apt-get "${apt[@]}" update
+    for version in "${!readers[@]}"; do
+        prefix=${readers[$version]}
+        reader=$assets/bin/analyze-migration-$version.py
+        version=$(apt-cache "${apt[@]}" showsrc qemu | awk '/^Version:/ { print $2 }' | grep "^$prefix" | sort -V | tail -n 1) || true
+        [ -n "$version" ] || fail "apt knows no source package of a QEMU $prefix; are bookworm and its backports among its sources?"
+        # What it downloads is held against the checksum in the signed list.
+        (cd "$work" && apt-get "${apt[@]}" source --download-only --tar-only "qemu=$version") ||
+            fail "apt-get could not download the source of QEMU $version"
+        tar -x -O --occurrence=1 --wildcards -f "$work"/qemu_*.orig.tar.xz '*/scripts/analyze-migration.py' >"$reader.part" ||
+            [ -s "$reader.part" ] || fail "the source of QEMU $version has no scripts/analyze-migration.py"
+        rm -f "$work"/qemu_*.orig.tar.xz
+        mv "$reader.part" "$reader"
+    done
+    rm -rf "$work"
+}
+
 # The Linux guest: Debian's cloud kernel, and our initrd around busybox.
 build_linux_guest() {
     local linux=$assets/linux package
@@ -250,6 +296,7 @@ case $mode in
     install_packages "${demo_packages[@]}" "${test_packages[@]}"
     unpack_qemu_7_2
     unpack_sshd
+    fetch_stream_readers
     build_linux_guest
     install_libvirt
     say "ready: QEMU 10 and 7.2, a Linux guest, libvirt $(virsh --version), and the programs that judge our files"

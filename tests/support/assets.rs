@@ -28,6 +28,15 @@ impl Qemu {
         }
     }
 
+    /// QEMU's own reader of its migration streams, `scripts/analyze-migration.py` of that version.
+    pub fn stream_reader(self) -> PathBuf {
+        let what = "QEMU's analyze-migration.py (Debian source package qemu)";
+        match self {
+            Qemu::V10 => existing("bin/analyze-migration-10.py", what),
+            Qemu::V7_2 => existing("bin/analyze-migration-7.2.py", what),
+        }
+    }
+
     /// What it calls a guest that ran, and was saved and left stopped: 7.2 has to migrate it.
     pub fn state_behind_a_save(self) -> &'static str {
         match self {
