@@ -360,7 +360,7 @@ fn label_changes(
 }
 
 /// `~ domain/devices/disk/source/@file: "/a" → "/b" (backend)`
-fn change_line(change: &Change) -> String {
+pub(super) fn change_line(change: &Change) -> String {
     let what = line(&change.path, change.old.as_deref(), change.new.as_deref());
     match change.class {
         Class::Note => format!("{what}\n"),
@@ -373,7 +373,8 @@ fn label_line(change: &LabelChange) -> String {
     line(&name, change.old.as_deref(), change.new.as_deref()) + "\n"
 }
 
-fn line(name: &str, old: Option<&str>, new: Option<&str>) -> String {
+/// `~ NAME: old → new`, `+` for what is new, `-` for what is gone.
+pub(super) fn line(name: &str, old: Option<&str>, new: Option<&str>) -> String {
     match (old, new) {
         (Some(old), Some(new)) => format!("~ {name}: {old:?} → {new:?}"),
         (None, Some(new)) => format!("+ {name}: {new:?}"),

@@ -103,7 +103,7 @@ fn is_plain(value: &Value) -> bool {
 }
 
 /// A value that is neither struct nor array.
-fn plain(value: &Value) -> String {
+pub(super) fn plain(value: &Value) -> String {
     match value {
         Value::Bool(value) => value.to_string(),
         Value::Unsigned(value) => format!("{value:#x}"),
@@ -118,7 +118,7 @@ fn plain(value: &Value) -> String {
 }
 
 /// Says how many of `len` are not among the first `shown`.
-fn more(len: usize, shown: usize) -> String {
+pub(super) fn more(len: usize, shown: usize) -> String {
     match len.checked_sub(shown) {
         None | Some(0) => String::new(),
         Some(more) => format!(" … {more} more"),

@@ -10,6 +10,7 @@ mod convert;
 mod copy;
 mod demo;
 mod devices;
+mod diff;
 mod doctor;
 mod explain;
 mod hint;
@@ -62,6 +63,7 @@ enum Command {
     Copy(copy::CopyArgs),
     Inspect(inspect::InspectArgs),
     Verify(verify::VerifyArgs),
+    Diff(diff::DiffArgs),
     Config(config::ConfigArgs),
     Repair(repair::RepairArgs),
     List(list::ListArgs),
@@ -138,6 +140,7 @@ pub fn main() -> ExitCode {
         Command::ServePeer(args) => copy::serve(&args),
         Command::Inspect(args) => inspect::run(&args, &ui),
         Command::Verify(args) => verify::run(&args, &ui),
+        Command::Diff(args) => diff::run(&args, &ui),
         Command::Config(args) => config::run(args, &ui),
         Command::Repair(args) => repair::run(&args, &ui),
         Command::List(args) => list::run(&args, &ui),

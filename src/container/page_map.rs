@@ -53,7 +53,7 @@ pub(super) struct Run {
     pub(super) first_page: u64,
     pub(super) chunk: u32,
     body: u32,
-    data: u64,
+    pub(super) data: u64,
 }
 
 impl Run {

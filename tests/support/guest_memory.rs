@@ -68,6 +68,16 @@ pub fn memory(pid: u32, qmp: &mut Qmp, ranges: &[MemoryRange]) -> Digest {
     hasher.finish()
 }
 
+/// Writes into a stopped guest's memory, as the guest itself could.
+pub fn write_memory(pid: u32, qmp: &mut Qmp, guest_address: u64, bytes: &[u8]) {
+    let address = host_address(qmp, guest_address);
+    let memory = File::options()
+        .write(true)
+        .open(format!("/proc/{pid}/mem"))
+        .unwrap();
+    memory.write_all_at(bytes, address).unwrap();
+}
+
 /// Puts something into the first and the last pages of the ranges, and here and there between.
 fn scribble(pid: u32, qmp: &mut Qmp, ranges: &[MemoryRange]) {
     let bytes = File::options()

@@ -37,7 +37,7 @@ pub use assets::{Qemu, linux_initrd, linux_kernel, testdata};
 pub use before::{Before, Settings, wait_for_silence};
 pub use dir::{TestDir, flip_bit};
 pub use guest::{Guest, GuestSpec, Kind, SerialPort};
-pub use guest_memory::{MemoryRange, chunk_of, fill, fill_at, memory, scribbled};
+pub use guest_memory::{MemoryRange, chunk_of, fill, fill_at, memory, scribbled, write_memory};
 pub use libvirtd::Libvirtd;
 pub use process::{Adopted, Process, processes_that_know};
 pub use qmp::Qmp;
