@@ -11,7 +11,8 @@
 //! | [`stream`] | QEMU's migration stream ⇄ events |
 //! | [`config`] | the virtual machine as data: domain XML, QEMU arguments, what a host must offer |
 //! | [`qmp`] [`store`] [`host`] | the outside world: QEMU's monitor, where bytes live, this machine |
-//! | [`image`] [`pipeline`] [`supervise`] | an image of this host; threads; processes |
+//! | [`pipeline`] [`supervise`] | threads; processes |
+//! | [`image`] | an image of this host, and files of others read as images |
 //! | [`run`] [`save`] [`restore`] [`transfer`] [`convert`] [`configure`] [`inspect`] | the stories |
 //! | [`cli`] | arguments in, words out |
 //!
@@ -31,9 +32,10 @@ pub mod qmp;
 pub mod store;
 pub mod stream;
 
-pub mod image;
 pub mod pipeline;
 pub mod supervise;
+
+pub mod image;
 
 pub mod configure;
 pub mod convert;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The lines of the picture from top to bottom. A module may use those in lines below its own, never a neighbour.
-const LINES: [&[&str]; 7] = [
+const LINES: [&[&str]; 8] = [
     &["main"],
     &["cli"],
     &["relocate"],
@@ -21,7 +21,8 @@ const LINES: [&[&str]; 7] = [
         "configure",
         "inspect",
     ],
-    &["image", "pipeline", "supervise"],
+    &["image"],
+    &["pipeline", "supervise"],
     &["container", "stream", "config", "qmp", "store", "host"],
     &["error", "progress", "units", "bytes", "codec", "digest"],
 ];

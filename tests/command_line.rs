@@ -302,7 +302,7 @@ error: web01.stow is not complete: it ends without a footer
             "raw",
             "\
 error: web01.stow is not complete, or no image: it holds a migration stream of QEMU and nothing behind it
-  try: `vmstow inspect web01.stow` reads a bare stream; if this was an image with --layout raw, it was cut off: copy it again
+  try: `vmstow inspect web01.stow` reads a bare stream, `vmstow convert web01.stow NEW.stow --xml FILE` makes an image of it; if this was an image with --layout raw, it was cut off: copy it again
 ",
         ),
     ] {

@@ -10,8 +10,12 @@ use std::time::{Duration, Instant};
 use vmstow::config::domain_xml::read_identity;
 use vmstow::config::{Arguments, Remap, ResourceTable, RestoreContext, restore_arguments};
 use vmstow::container::Image;
+use vmstow::image::foreign::compression::Encoder;
+use vmstow::image::foreign::libvirt::{SaveFormat, SaveHeader, SaveMetadata};
+use vmstow::image::open_any;
 use vmstow::pipeline::{self, PipedImage};
 use vmstow::progress::Silent;
+use vmstow::store::Location;
 use vmstow::stream::Parser;
 
 /// A small generator whose every value follows from its seed (xorshift64*).
@@ -116,6 +120,51 @@ fn the_image_reader_survives_anything() {
         let _ = Image::open_torn(bytes.to_vec(), None);
         if let Ok(piped) = PipedImage::begin(bytes) {
             let _ = piped.decode(&Silent, &mut |_| Ok(()));
+        }
+    });
+}
+
+#[test]
+fn the_readers_of_what_others_write_survive_anything() {
+    let metadata = SaveMetadata {
+        xml: "<domain type='qemu'><name>web01</name></domain>".to_owned(),
+        cookie: Some("<cookie/>".to_owned()),
+    };
+    let stream = |name: &str| {
+        let packed = files("streams", name).remove(0);
+        zstd::decode_all(packed.as_slice()).unwrap()
+    };
+    let stream = stream(".zst");
+    let mut samples = Vec::new();
+    for format in [
+        SaveFormat::Raw,
+        SaveFormat::Zstd,
+        SaveFormat::Gzip,
+        SaveFormat::Xz,
+    ] {
+        // With little padding changes hit what counts.
+        let mut image = metadata.write(true, format, 1).unwrap();
+        let keep = 92 + metadata.xml.len() + 20;
+        image.truncate(keep);
+        image[20..24].copy_from_slice(&u32::try_from(keep - 92).unwrap().to_le_bytes());
+        let mut encoder = Encoder::new(format, Vec::new()).unwrap();
+        std::io::Write::write_all(&mut encoder, &stream[..stream.len().min(1 << 16)]).unwrap();
+        image.extend(encoder.finish().unwrap());
+        samples.push(image);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    fuzz(&samples, |bytes| {
+        if let Ok(header) = SaveHeader::parse(bytes) {
+            let end = usize::try_from(header.stream_at()).unwrap();
+            if let Some(data) = bytes.get(92..end) {
+                let _ = SaveMetadata::parse(&header, data);
+            }
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let location = Location::Path(path.clone());
+        if let Ok(opened) = open_any(&location, &Silent) {
+            let _ = opened.image().problems();
         }
     });
 }

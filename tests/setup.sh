@@ -19,7 +19,7 @@ test_packages=(
     swtpm ovmf               # the TPM and the firmware of guests that are run from XML
     util-linux iproute2      # what only a test may see: its own network, /etc and /var
     zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
-    xz-utils                 # QEMU's source packages
+    gzip bzip2 xz-utils lzop # what libvirt compresses with; xz: QEMU's source packages
     libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
 )
 bench_packages=(openssl) # a digest to be held against
@@ -255,6 +255,36 @@ fetch_stream_readers() {
     rm -rf "$work"
 }
 
+# libvirt 9.0, unpacked beside the installed one: its daemon, its drivers and the library that they want.
+unpack_libvirt_9() {
+    local root=$assets/libvirt-9.0 packages=() package version
+    [ ! -e "$root/usr/sbin/libvirtd" ] || return 0
+    check_distribution "libvirt 9.0"
+    say "unpacking libvirt 9.0 into ${root#"$PWD/"}"
+    for package in libvirt-daemon libvirt-daemon-driver-qemu libvirt0; do
+        version=$(apt-cache madison "$package" | awk '$3 ~ /^9\.0/ { print $3; exit }')
+        [ -n "$version" ] || fail "apt knows no $package 9.0; is bookworm among its sources, and \`apt-get update\` done?"
+        packages+=("$package=$version")
+    done
+    download "$assets/debs" "${packages[@]}" libyajl2
+    rm -rf "$root" "$root.part"
+    for package in "$assets"/debs/*.deb; do
+        dpkg-deb --extract "$package" "$root.part"
+    done
+    rm -rf "$assets/debs"
+    # libvirtd starts this one without its environment.
+    local helper=$root.part/usr/lib/libvirt/libvirt_iohelper
+    mv "$helper" "$helper.program"
+    cat >"$helper" <<END
+#!/bin/sh
+LD_LIBRARY_PATH="$root/usr/lib/x86_64-linux-gnu" exec "$root/usr/lib/libvirt/libvirt_iohelper.program" "\$@"
+END
+    chmod +x "$helper"
+    # What no test needs wants libraries that are not here.
+    find "$root.part/usr/lib/x86_64-linux-gnu/libvirt" -name '*.so' ! -name libvirt_driver_qemu.so -delete
+    mv "$root.part" "$root"
+}
+
 # The Linux guest: Debian's cloud kernel, and our initrd around busybox.
 build_linux_guest() {
     local linux=$assets/linux package
@@ -299,7 +329,8 @@ case $mode in
     fetch_stream_readers
     build_linux_guest
     install_libvirt
-    say "ready: QEMU 10 and 7.2, a Linux guest, libvirt $(virsh --version), and the programs that judge our files"
+    unpack_libvirt_9
+    say "ready: QEMU 10 and 7.2, a Linux guest, libvirt $(virsh --version) and 9.0, and the programs that judge our files"
     ;;
 --bench)
     install_packages "${demo_packages[@]}" "${test_packages[@]}" "${bench_packages[@]}"

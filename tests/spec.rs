@@ -338,6 +338,7 @@ fn manifests_are_as_the_schema_says() {
     full.remaps = vec!["disk:disk0=/srv/new.qcow2".into()];
     full.guest.ran_on = true;
     full.guest.has_own_xml = true;
+    full.libvirt_cookie = Some("<cookie/>".into());
     let side =
         serde_json::json!([{ "name": "tpm0", "argv": ["swtpm"], "socket": "/s", "state": "/t" }]);
     full.qemu.side_programs = serde_json::from_value(side).unwrap();

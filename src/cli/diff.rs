@@ -71,7 +71,7 @@ Examples:
 /// Compares and prints.
 pub fn run(args: &DiffArgs, ui: &Ui) -> Outcome {
     let open = |location: &Location| {
-        image::open(location).map_err(|error| Failure {
+        image::open_any(location, ui).map_err(|error| Failure {
             error,
             image: Some(location.to_string()),
         })

@@ -5,9 +5,10 @@ use std::io;
 use crate::config::{ConfigError, Explanation, Unmodelled, explain};
 use crate::configure::ConfigureError;
 use crate::container::ContainerError;
+use crate::convert::ConvertError;
 use crate::error::{Error, ErrorKind};
 use crate::host::HostError;
-use crate::image::ImageError;
+use crate::image::{ForeignError, ImageError};
 use crate::pipeline::PipelineError;
 use crate::qmp::QmpError;
 use crate::restore::{RestoreError, ServeError};
@@ -57,7 +58,12 @@ fn other_headline(error: &Error, image: &str) -> String {
         (Some(ImageError::BareStream), _) => {
             format!("{image} is not complete, or no image: {error}")
         }
-        (Some(ImageError::NotAnImage), _) => format!("{image} cannot be used: {error}"),
+        (Some(ImageError::NotAnImage | ImageError::LibvirtSave), _) => {
+            format!("{image} cannot be used: {error}")
+        }
+        _ if error.downcast_ref::<ForeignError>().is_some() => {
+            format!("{image} cannot be used: {error}")
+        }
         (Some(ImageError::Read(_)), _) => format!("{image} cannot be used: {error}"),
         (_, Some(StreamError::Truncated { .. })) => {
             format!("{image} cannot be read to its end: {error}")
@@ -141,6 +147,12 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     if let Some(advice) = error.downcast_ref().and_then(remote_advice) {
         return Some(advice.to_owned());
     }
+    if let Some(advice) = error.downcast_ref().and_then(foreign_advice) {
+        return Some(advice);
+    }
+    if let Some(advice) = error.downcast_ref().and_then(convert_advice) {
+        return Some(advice.to_owned());
+    }
     let text = match (
         error.downcast_ref::<HostError>(),
         error.downcast_ref::<StoreError>(),
@@ -215,10 +227,44 @@ fn configure_advice(error: &ConfigureError, image: &str) -> Option<String> {
     })
 }
 
+fn foreign_advice(error: &ForeignError) -> Option<String> {
+    Some(match error {
+        ForeignError::Incomplete => {
+            "wait for `virsh save` to end; if that was killed, nothing tells how much of the guest is in it".to_owned()
+        }
+        ForeignError::NoProgram { program, .. } => install(program),
+        ForeignError::Decompress(_) | ForeignError::OtherFormat { .. } => {
+            "copy the file again: it is damaged or cut off".to_owned()
+        }
+        ForeignError::Temporary(_) => {
+            "make room there, or name another directory with TMPDIR".to_owned()
+        }
+        ForeignError::UnknownFormat { .. } | ForeignError::UnknownVersion { .. } => {
+            "let libvirt restore it and save it in another format: `virsh save --image-format raw`".to_owned()
+        }
+        _ => return None,
+    })
+}
+
+fn convert_advice(error: &ConvertError) -> Option<&'static str> {
+    Some(match error {
+        ConvertError::HasXml => {
+            "convert it without --xml; `vmstow config NEW replace FILE` changes the XML of an image"
+        }
+        ConvertError::NoXml => "give the domain XML with --xml FILE",
+        ConvertError::NoPlaces => "name a file",
+        ConvertError::Misplaced { .. } => "`vmstow convert --help` tells what each option is for",
+        _ => return None,
+    })
+}
+
 fn image_advice(error: &Error, image: &str) -> Option<String> {
     match error.downcast_ref()? {
         ImageError::BareStream => Some(format!(
-            "`vmstow inspect {image}` reads a bare stream; if this was an image with --layout raw, it was cut off: copy it again"
+            "`vmstow inspect {image}` reads a bare stream, `vmstow convert {image} NEW.stow --xml FILE` makes an image of it; if this was an image with --layout raw, it was cut off: copy it again"
+        )),
+        ImageError::LibvirtSave => Some(format!(
+            "`vmstow convert {image} NEW.stow` makes an image of it"
         )),
         ImageError::NotAnImage | ImageError::Read(_) => None,
     }
@@ -358,6 +404,7 @@ fn restore_advice(error: &RestoreError) -> Option<String> {
             }
             format!("give {}", fixes.join(" and "))
         }
+        RestoreError::NoConfiguration { .. } => "`vmstow convert IMAGE NEW --xml FILE` gives it one: the domain XML of the guest, as it was when it was saved".to_owned(),
         RestoreError::NoDirectory { .. } => "make the directory; the guest's relative paths start there".to_owned(),
         RestoreError::QemuGaveUp { .. } | RestoreError::NotLoaded => "use the QEMU that the guest was saved from, or a newer one, with --qemu".to_owned(),
         RestoreError::NotMapped { .. } => "vmstow convert IMAGE OUT --layout mapped, then restore OUT; or restore without --map".to_owned(),

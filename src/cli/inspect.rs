@@ -10,19 +10,19 @@ use super::ask_qemu::AskQemuArgs;
 use super::ui::{Ui, printable};
 use super::{About, Outcome};
 use crate::container::manifest::{Resource, StreamSummary};
-use crate::error::Error;
-use crate::image::{self, ImageError};
-use crate::inspect::{self, Devices, ImageDescription, StreamDescription};
+use crate::image::foreign::{self, ForeignFile, Found};
+use crate::image::{self, ImageError, LibvirtSave};
+use crate::inspect::{self, ImageDescription, StreamDescription};
 use crate::store::Location;
 use crate::units::human_bytes;
 
 /// Show what an image holds
 ///
-/// Reads the footer, the directory and the manifest only, however large the guest is. A bare migration stream of QEMU
-/// (`migrate file:`) can be inspected too; it is read to its end.
+/// Reads the footer, the directory and the manifest only, however large the guest is. A libvirt save image (`virsh save`) and
+/// a bare migration stream of QEMU (`migrate file:`) can be inspected too; they are read to their end.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The image, or a bare migration stream
+    /// The image, a libvirt save image, or a bare migration stream
     pub(super) image: Location,
 
     /// Print the guest's domain XML
@@ -57,14 +57,15 @@ impl InspectArgs {
 
 /// Prints the description.
 pub fn run(args: &InspectArgs, ui: &Ui) -> Outcome {
-    let opened = match image::open(&args.image) {
-        Err(error) if is_bare_stream(&error) => return inspect_stream(args, ui),
-        other => other.about(&args.image)?,
-    };
     if args.looks_at_devices() {
+        let opened = image::open_any(&args.image, ui).about(&args.image)?;
         let devices = args.ask_qemu.devices(&opened, &args.image, ui)?;
         return super::devices::show(args, &devices, ui);
     }
+    let opened = match foreign::find(&args.image).about(&args.image)? {
+        Found::Image(opened) => opened,
+        Found::Foreign(foreign) => return inspect_foreign(args, *foreign, ui),
+    };
     if args.xml {
         ui.print(&opened.image().xml().about(&args.image)?)?;
         return Ok(ExitCode::SUCCESS);
@@ -74,21 +75,18 @@ pub fn run(args: &InspectArgs, ui: &Ui) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-fn is_bare_stream(error: &Error) -> bool {
-    matches!(error.downcast_ref(), Some(ImageError::BareStream))
-}
-
-fn inspect_stream(args: &InspectArgs, ui: &Ui) -> Outcome {
-    let path = args
-        .image
-        .path()
-        .ok_or(ImageError::BareStream)
-        .about(&args.image)?;
-    if args.looks_at_devices() {
-        let devices = Devices::of_stream(path, ui).about(&args.image)?;
-        return super::devices::show(args, &devices, ui);
+fn inspect_foreign(args: &InspectArgs, foreign: ForeignFile, ui: &Ui) -> Outcome {
+    if args.xml {
+        let (_, metadata) = foreign
+            .save
+            .as_ref()
+            .ok_or(ImageError::BareStream)
+            .about(&args.image)?;
+        ui.print(&metadata.xml)?;
+        return Ok(ExitCode::SUCCESS);
     }
-    let (description, broken) = inspect::describe_stream(path, ui).about(&args.image)?;
+    let described = inspect::describe_foreign(foreign, &args.image, ui);
+    let (description, broken) = described.about(&args.image)?;
     ui.answer(&description, human_stream)?;
     match broken {
         Some(error) => Err(error).about(&args.image),
@@ -237,17 +235,41 @@ fn resource_line(resource: &Resource) -> String {
     )
 }
 
+fn libvirt_rows(rows: &mut Rows, save: &LibvirtSave) {
+    let uuid = save.uuid.map_or(String::new(), |uuid| format!(" ({uuid})"));
+    let domain = save.domain.as_deref().unwrap_or("not named");
+    rows.row("domain", format!("{domain}{uuid}"));
+    let cookie = match save.has_cookie {
+        true => "with a cookie",
+        false => "without a cookie",
+    };
+    rows.row(
+        "header",
+        format!(
+            "version {}, {}-endian, format {}, {cookie}",
+            save.version, save.byte_order, save.format
+        ),
+    );
+    let was = match save.was_running {
+        true => "running",
+        false => "paused",
+    };
+    rows.row("saved", format!("{was} at the time"));
+}
+
 fn human_stream(description: &StreamDescription) -> String {
     let contents = &description.contents;
     let mut rows = Rows(String::new());
-    rows.row(
-        "stream",
-        format!(
-            "{}, {}: a bare migration stream, no image",
-            description.stream,
-            human_bytes(description.bytes)
-        ),
-    );
+    let what = match (&description.libvirt, description.is_mapped_ram) {
+        (Some(_), _) => "a libvirt save image",
+        (None, true) => "a bare migration stream of the mapped-ram layout, no image",
+        (None, false) => "a bare migration stream, no image",
+    };
+    let bytes = human_bytes(description.bytes);
+    rows.row("stream", format!("{}, {bytes}: {what}", description.stream));
+    if let Some(save) = &description.libvirt {
+        libvirt_rows(&mut rows, save);
+    }
     rows.row(
         "machine",
         description.machine_type.as_deref().unwrap_or("not named"),

@@ -49,6 +49,10 @@ pub struct Manifest {
     /// The user's own words about the image.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// The cookie of the libvirt save image that this one was made from, as it stood there: XML, with the CPU that the guest
+    /// really had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub libvirt_cookie: Option<String>,
     /// What the stream holds; absent in a provisional manifest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<StreamSummary>,

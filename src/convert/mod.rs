@@ -1,4 +1,5 @@
-//! Makes an image of one layout from one of another.
+//! Makes an image of one layout from one of another, an image from what QEMU or libvirt wrote, and what they read from an
+//! image.
 //!
 //! ```text
 //! open → check sections → recode (each chunk verified) → manifest → seal → publish
@@ -6,14 +7,19 @@
 //!
 //! XML, labels and all that a restore needs to know stay. Between `zstd` and `raw` the image digest stays too, and is
 //! held against the first; an image of layout `mapped` has a stream of its own, and the manifest names the digest of the
-//! image that it was made from. The new image is signed if, and only if, the old one was by somebody this user trusts.
+//! image that it was made from. The new image is signed if, and only if, the old one was by somebody this user trusts or the
+//! user vouches for it.
 
 mod error;
+mod export;
+mod import;
 
 use serde::Serialize;
 use uuid::Uuid;
 
 pub use error::ConvertError;
+pub use export::{ExportForm, ExportReport, ExportRequest, export};
+pub use import::import;
 
 use crate::bytes::{PublishError, Sink};
 use crate::container::{
@@ -21,7 +27,8 @@ use crate::container::{
 };
 use crate::error::Result;
 use crate::host::keys::SigningKey;
-use crate::image::{OpenedImage, Trust};
+use crate::image::foreign::describe::Described;
+use crate::image::{OpenedImage, Origin, Trust};
 use crate::pipeline::{self, Encoded, Encoding, PipelineError};
 use crate::progress::Progress;
 use crate::store::{FileSink, FileSource, Location, PipeSink};
@@ -37,6 +44,10 @@ pub struct ConvertRequest {
     pub encoding: Encoding,
     /// This host's key.
     pub key: Option<SigningKey>,
+    /// Whether the user vouches for what is converted: then the new image is signed whoever made the old file.
+    pub is_vouched: bool,
+    /// Domain XML for a guest whose file has none.
+    pub xml: Option<String>,
 }
 
 /// What was made.
@@ -46,20 +57,24 @@ pub struct ConvertReport {
     pub image: String,
     /// Its layout.
     pub layout: String,
-    /// The layout of the one that it was made from.
+    /// The layout of the one that it was made from, or what kind of file that was.
     pub from_layout: String,
     /// Its UUID, which is that of the one it was made from: the same save.
     pub image_uuid: Uuid,
     /// Names what was saved.
     pub image_digest: String,
-    /// The digest of the image it was made from; the same between `zstd` and `raw`.
-    pub from_digest: String,
+    /// The digest of the image it was made from; the same between `zstd` and `raw`. A file of others had none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from_digest: Option<String>,
     /// Bytes of the file, holes included.
     pub file_bytes: u64,
     /// Bytes of QEMU's migration stream in it.
     pub stream_bytes: u64,
-    /// Whether it is signed: the one that it was made from was trusted.
+    /// Whether it is signed: the one that it was made from was trusted, or vouched for.
     pub is_signed: bool,
+    /// What a restore will lack of the configuration, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<String>,
 }
 
 /// Converts an image.
@@ -71,16 +86,21 @@ pub fn convert(
     request: &ConvertRequest,
     progress: &dyn Progress,
 ) -> Result<ConvertReport> {
+    with_sink(request, |sink| write(opened, request, sink, progress))
+}
+
+/// Does `work` with what the new image goes to.
+fn with_sink(
+    request: &ConvertRequest,
+    work: impl FnOnce(&mut dyn Sink) -> Result<ConvertReport>,
+) -> Result<ConvertReport> {
     match &request.target {
         Location::Pipe if request.encoding.layout == Layout::Mapped => {
             Err(PipelineError::NoPlaces.into())
         }
-        Location::Pipe => write(opened, request, &mut PipeSink::stdout()?, progress),
+        Location::Pipe => work(&mut PipeSink::stdout()?),
         Location::Ssh(there) => Err(there.refused().into()),
-        Location::Path(path) => {
-            let mut sink = FileSink::create(path, request.may_replace)?;
-            write(opened, request, &mut sink, progress)
-        }
+        Location::Path(path) => work(&mut FileSink::create(path, request.may_replace)?),
     }
 }
 
@@ -92,8 +112,44 @@ fn write(
 ) -> Result<ConvertReport> {
     let image = opened.image();
     image.verify_sections()?;
-    let key = request.key.as_ref().filter(|_| is_trusted(image));
-    let finished = write_image(image, request, key, sink, progress)?;
+    let key = request.key.as_ref();
+    let key = key.filter(|_| request.is_vouched || is_trusted(image));
+    let (described, mut problems) = match (&request.xml, opened.origin().is_image()) {
+        (Some(xml), true) => {
+            let described = import::describe_anew(image, xml)?;
+            let problems = described.problems.clone();
+            (Some(described), problems)
+        }
+        _ => (None, opened.problems().to_vec()),
+    };
+    problems.dedup();
+    let is_image = opened.origin().is_image();
+    let source = Source {
+        image,
+        is_image,
+        described,
+    };
+    let finished = write_image(&source, request, key, sink, progress)?;
+    publish(sink, progress)?;
+    Ok(ConvertReport {
+        image: request.target.to_string(),
+        layout: request.encoding.layout.to_string(),
+        from_layout: match opened.origin() {
+            Origin::Image => image.layout().to_string(),
+            origin => import::kind(origin),
+        },
+        image_uuid: image.identity().image_uuid,
+        image_digest: finished.image_digest.to_string(),
+        from_digest: is_image.then(|| image.image_digest().to_string()),
+        file_bytes: finished.file_len,
+        stream_bytes: finished.stream_len,
+        is_signed: key.is_some(),
+        problems,
+    })
+}
+
+/// Makes what was written durable, and gives it its name.
+fn publish(sink: &mut dyn Sink, progress: &dyn Progress) -> Result<()> {
     sink.sync().map_err(ConvertError::Write)?;
     if progress.is_cancelled() {
         return Err(PipelineError::Cancelled.into());
@@ -102,17 +158,16 @@ fn write(
         PublishError::NotPublished(source) => ConvertError::Publish(source),
         PublishError::Unknown(source) => ConvertError::PublishUnknown(source),
     })?;
-    Ok(ConvertReport {
-        image: request.target.to_string(),
-        layout: request.encoding.layout.to_string(),
-        from_layout: image.layout().to_string(),
-        image_uuid: image.identity().image_uuid,
-        image_digest: finished.image_digest.to_string(),
-        from_digest: image.image_digest().to_string(),
-        file_bytes: finished.file_len,
-        stream_bytes: finished.stream_len,
-        is_signed: key.is_some(),
-    })
+    Ok(())
+}
+
+/// What is converted.
+struct Source<'a> {
+    image: &'a Image<FileSource>,
+    /// Whether it is one, whose digest is worth to be named.
+    is_image: bool,
+    /// Its configuration, if the user gave it one.
+    described: Option<Described>,
 }
 
 /// Whether somebody this user trusts vouches for the image; if that cannot be told, nobody does.
@@ -121,20 +176,31 @@ fn is_trusted(image: &Image<FileSource>) -> bool {
 }
 
 fn write_image(
-    image: &Image<FileSource>,
+    source: &Source<'_>,
     request: &ConvertRequest,
     key: Option<&SigningKey>,
     sink: &mut dyn Sink,
     progress: &dyn Progress,
 ) -> Result<Finished> {
-    let manifest = image.manifest()?;
+    let image = source.image;
+    let manifest = match &source.described {
+        Some(described) => described.manifest.clone(),
+        None => image.manifest()?,
+    };
     let encoding = request.encoding.fitting(manifest.machine.memory_bytes);
     let keeps_stream = pipeline::keeps_stream(image.layout(), encoding.layout);
     let max_chunk_len = match keeps_stream {
         true => image.max_chunk_len(),
         false => encoding.max_chunk_len(),
     };
-    let (manifest_json, xml) = (image.manifest_json()?, image.xml()?);
+    let (manifest_json, xml) = match &source.described {
+        Some(described) => {
+            let json = described.manifest.to_json();
+            let json = json.map_err(ConvertError::Manifest)?;
+            (json, described.xml.clone())
+        }
+        None => (image.manifest_json()?, image.xml()?),
+    };
     let head = Head {
         manifest_json: &manifest_json,
         xml: &xml,
@@ -148,7 +214,7 @@ fn write_image(
     match encoded {
         Some(encoded) => {
             let mut manifest = manifest;
-            note(&mut manifest, &encoded.stream, image);
+            note(&mut manifest, &encoded.stream, source);
             // Only a stream that is read from its beginning has such a place.
             if let Some(facts) = manifest
                 .stream
@@ -161,13 +227,19 @@ fn write_image(
         }
         None => append_kept(image, &manifest_json, &mut target)?,
     }
+    sign(&mut target, key)?;
+    Ok(target.finish()?)
+}
+
+/// Signs the image, if there is a key for it.
+fn sign(target: &mut ImageWriter<'_>, key: Option<&SigningKey>) -> Result<()> {
     if let Some(key) = key {
         let statement = target.statement()?;
         let armored = key.sign(&statement)?;
         let signature = sign_payload(&Signature { statement, armored })?;
         target.append_section(SectionType::Signature, &signature)?;
     }
-    Ok(target.finish()?)
+    Ok(())
 }
 
 /// How much the progress counts up to: a stream that stays is counted, one that is cut anew by its pages.
@@ -212,7 +284,7 @@ fn append_anew(manifest: &Manifest, encoded: Encoded, target: &mut ImageWriter<'
 }
 
 /// Notes what is another now, and which image it was made from.
-fn note(manifest: &mut Manifest, stream: &StreamSummary, from: &Image<FileSource>) {
+fn note(manifest: &mut Manifest, stream: &StreamSummary, from: &Source<'_>) {
     manifest.capabilities.clone_from(&stream.capabilities);
     if let Some(facts) = &mut manifest.stream {
         facts.len = stream.len;
@@ -220,6 +292,6 @@ fn note(manifest: &mut Manifest, stream: &StreamSummary, from: &Image<FileSource
         facts.zero_pages = stream.zero_pages;
         facts.vmdescription = stream.vmdescription.is_some();
         facts.device_state_at = Some(stream.device_state.0);
-        facts.made_from = Some(from.image_digest().to_string());
+        facts.made_from = from.is_image.then(|| from.image.image_digest().to_string());
     }
 }

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
+use super::foreign::Origin;
+use super::foreign::libvirt::is_save_image;
 use crate::bytes::ReadAt;
 use crate::container::layout::{FRAME_MAGIC, SECTION_MAGIC};
 use crate::container::{ContainerError, Image, SectionType, TornTail};
@@ -20,6 +22,9 @@ pub enum ImageError {
     /// The file is QEMU's migration stream and nothing else.
     #[error("it holds a migration stream of QEMU and nothing behind it")]
     BareStream,
+    /// The file is what libvirt writes.
+    #[error("it is a libvirt save image")]
+    LibvirtSave,
     /// The file begins as no image does.
     #[error("it is no image of vmstow")]
     NotAnImage,
@@ -31,7 +36,9 @@ pub enum ImageError {
 impl Blame for ImageError {
     fn kind(&self) -> ErrorKind {
         match self {
-            ImageError::BareStream | ImageError::NotAnImage => ErrorKind::Image,
+            ImageError::BareStream | ImageError::LibvirtSave | ImageError::NotAnImage => {
+                ErrorKind::Image
+            }
             ImageError::Read(_) => ErrorKind::Failed,
         }
     }
@@ -43,9 +50,47 @@ pub struct OpenedImage {
     image: Image<FileSource>,
     location: Location,
     torn: Option<TornTail>,
+    origin: Origin,
+    problems: Vec<String>,
 }
 
 impl OpenedImage {
+    /// A file of others that can be read as an image; `problems` are its configuration's.
+    pub(super) fn of_foreign(
+        image: Image<FileSource>,
+        location: Location,
+        origin: Origin,
+        problems: Vec<String>,
+    ) -> Self {
+        OpenedImage {
+            image,
+            location,
+            torn: None,
+            origin,
+            problems,
+        }
+    }
+
+    fn of_image(image: Image<FileSource>, location: &Location, torn: Option<TornTail>) -> Self {
+        OpenedImage {
+            image,
+            location: location.clone(),
+            torn,
+            origin: Origin::Image,
+            problems: Vec::new(),
+        }
+    }
+
+    /// What kind of file it is. [`open`] opens images only.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Of a file of others: why no QEMU arguments could be made of its domain XML, and what in them is not as that says.
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+
     /// What can be read of it.
     pub fn image(&self) -> &Image<FileSource> {
         &self.image
@@ -84,14 +129,10 @@ pub fn open_pipe(pipe: &mut dyn Read) -> Result<OpenedImage> {
     open_source(spool(pipe, &std::env::temp_dir())?, &Location::Pipe)
 }
 
-fn open_source(source: FileSource, location: &Location) -> Result<OpenedImage> {
+pub(super) fn open_source(source: FileSource, location: &Location) -> Result<OpenedImage> {
     let copy = source.file().try_clone().map_err(ImageError::Read)?;
     match Image::open(source) {
-        Ok(image) => Ok(OpenedImage {
-            image,
-            location: location.clone(),
-            torn: None,
-        }),
+        Ok(image) => Ok(OpenedImage::of_image(image, location, None)),
         Err(error) if may_be_torn(&error) => {
             let beginning = beginning(&copy)?;
             open_torn(copy, location).map_err(|_| better(error, &beginning))
@@ -116,11 +157,7 @@ fn open_torn(file: File, location: &Location) -> Result<OpenedImage> {
     let source = FileSource::from(file);
     let payload_end = stream_end(&source)?;
     let (image, torn) = Image::open_torn(source, payload_end)?;
-    Ok(OpenedImage {
-        image,
-        location: location.clone(),
-        torn: Some(torn),
-    })
+    Ok(OpenedImage::of_image(image, location, Some(torn)))
 }
 
 /// Where the stream ends with which the file begins; `None` if it begins otherwise.
@@ -240,6 +277,8 @@ fn better(error: ContainerError, beginning: &[u8]) -> Error {
         error.into()
     } else if is_stream_start(beginning) {
         ImageError::BareStream.into()
+    } else if is_save_image(beginning) {
+        ImageError::LibvirtSave.into()
     } else if begins_as_image(beginning) {
         error.into()
     } else {

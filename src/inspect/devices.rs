@@ -1,18 +1,10 @@
-//! The devices' state in an image or a bare stream, field by field, and the processors' registers in it.
-
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+//! The devices' state in an image, field by field, and the processors' registers in it.
 
 use serde::Serialize;
 
-use super::verify::StreamCheck;
 use crate::error::{Blame, ErrorKind, Result};
 use crate::image::OpenedImage;
 use crate::pipeline;
-use crate::progress::Progress;
-use crate::store::StoreError;
 use crate::stream::{DeviceFields, Value, device_fields, device_fields_by};
 use crate::units::StreamOffset;
 
@@ -76,38 +68,6 @@ impl Devices {
         let manifest = image.manifest()?;
         let begins_at = manifest.stream.as_ref().and_then(|it| it.device_state_at);
         let (start, region) = pipeline::device_region(image, begins_at)?;
-        Devices::of(region, start)
-    }
-
-    /// Those of a bare migration stream, which is read to its end.
-    ///
-    /// # Errors
-    /// What the file system says; what is wrong with the stream.
-    pub fn of_stream(path: &Path, progress: &dyn Progress) -> Result<Self> {
-        let failed = |source| StoreError::File {
-            act: "read",
-            path: path.to_owned(),
-            source,
-        };
-        let mut file = File::open(path).map_err(failed)?;
-        progress.begin("reading", file.metadata().ok().map(|it| it.len()));
-        let mut check = StreamCheck::default();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut buffer).map_err(failed)? {
-                0 => break,
-                len => {
-                    check.take(&buffer[..len])?;
-                    progress.advance(len as u64);
-                }
-            }
-        }
-        progress.end();
-        let summary = check.finish()?;
-        let start = summary.device_state;
-        let len = usize::try_from(summary.len.saturating_sub(start.0)).unwrap_or(usize::MAX);
-        let mut region = vec![0; len];
-        file.read_exact_at(&mut region, start.0).map_err(failed)?;
         Devices::of(region, start)
     }
 

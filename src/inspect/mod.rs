@@ -13,6 +13,6 @@ pub use diff::{
     BlockDiff, ChangedDevice, ConfigurationDiff, DeviceDiff, DiffError, DiffFailure, DiffRequest,
     FactChange, FieldChange, ImageDiff, MemoryDiff, diff,
 };
-pub use stream_file::{StreamDescription, describe_stream};
+pub use stream_file::{StreamDescription, describe_foreign};
 pub use verify::{Depth, VerifyReport, verify};
 pub use ways::{Way, Ways};

@@ -1,28 +1,33 @@
-//! A bare migration stream in a file, as QEMU's `migrate file:` writes it.
+//! Files of others: a bare migration stream, as QEMU's `migrate` writes it, and a libvirt save image.
 
-use std::fs::File;
 use std::io::Read;
-use std::path::Path;
 
 use serde::Serialize;
 
-use super::verify::{StreamCheck, StreamFacts};
+use super::verify::{StreamCheck, StreamFacts, device_name};
 use crate::error::{Error, Result};
+use crate::image::foreign::ForeignFile;
+use crate::image::{LibvirtSave, OpenedImage, Origin};
 use crate::progress::Progress;
-use crate::store::StoreError;
+use crate::store::Location;
 
-/// A bare stream in short.
+/// A file of others in short.
 #[derive(Debug, Clone, Serialize)]
 pub struct StreamDescription {
     /// The file, as it was named.
     pub stream: String,
+    /// What libvirt says of it; absent of a bare stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub libvirt: Option<LibvirtSave>,
     /// Whether it was read to its end and nothing is missing.
     pub is_whole: bool,
+    /// Whether pages lie at places of their own.
+    pub is_mapped_ram: bool,
     /// The resolved machine type, if the stream names it.
     pub machine_type: Option<String>,
     /// The run state in the stream.
     pub run_state: Option<String>,
-    /// Bytes that were parsed.
+    /// Bytes that were parsed, decompressed.
     pub bytes: u64,
     /// Whether QEMU's JSON about the device sections is there.
     pub vmdescription: bool,
@@ -30,46 +35,69 @@ pub struct StreamDescription {
     pub contents: StreamFacts,
 }
 
-/// Reads a bare stream to its end and describes it. A broken one is described as far as it was read, and comes with what
+/// Reads a file of others to its end and describes it. A broken one is described as far as it was read, and comes with what
 /// is wrong with it.
 ///
 /// # Errors
-/// What the file system says.
-pub fn describe_stream(
-    path: &Path,
+/// What the file system says; what is wrong with it before anything can be told of it.
+pub fn describe_foreign(
+    foreign: ForeignFile,
+    location: &Location,
     progress: &dyn Progress,
 ) -> Result<(StreamDescription, Option<Error>)> {
-    let error = |act| {
-        move |source| StoreError::File {
-            act,
-            path: path.to_owned(),
-            source,
-        }
+    let mut description = StreamDescription {
+        stream: location.to_string(),
+        libvirt: match foreign.origin() {
+            Origin::LibvirtSave(save) => Some(save),
+            _ => None,
+        },
+        is_whole: false,
+        is_mapped_ram: foreign.is_mapped,
+        machine_type: None,
+        run_state: None,
+        bytes: 0,
+        vmdescription: false,
+        contents: StreamCheck::default().facts_so_far(),
     };
-    let mut file = File::open(path).map_err(error("open"))?;
-    progress.begin(
-        "reading",
-        file.metadata().ok().map(|metadata| metadata.len()),
-    );
+    if foreign.is_mapped {
+        let opened = match foreign.open(location, progress) {
+            Ok(opened) => opened,
+            Err(broken) => return Ok((description, Some(broken))),
+        };
+        describe_mapped(&mut description, &opened)?;
+        return Ok((description, None));
+    }
+    let mut stream = match foreign.stream() {
+        Ok(stream) => stream,
+        Err(broken) => return Ok((description, Some(broken.into()))),
+    };
+    progress.begin("reading", None);
     let mut check = StreamCheck::default();
     let mut buf = vec![0; 1 << 20];
-    loop {
-        let len = file.read(&mut buf).map_err(error("read"))?;
-        if len == 0 {
-            break;
+    let broken = loop {
+        match stream.read(&mut buf) {
+            Ok(0) => break None,
+            Ok(len) => {
+                if let Err(broken) = check.take(&buf[..len]) {
+                    break Some(broken);
+                }
+                progress.advance(len as u64);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => break Some(stream.explain(error).into()),
         }
-        if let Err(broken) = check.take(&buf[..len]) {
-            progress.end();
-            return Ok((so_far(path, &check), Some(broken)));
-        }
-        progress.advance(len as u64);
-    }
+    };
     progress.end();
-    let mut description = so_far(path, &check);
+    description.machine_type = check.machine_type();
+    description.bytes = check.position();
+    description.contents = check.facts_so_far();
+    if broken.is_some() {
+        return Ok((description, broken));
+    }
     match check.finish() {
         Ok(summary) => {
             description.is_whole = true;
-            description.run_state = summary.run_state.clone();
+            description.run_state.clone_from(&summary.run_state);
             description.vmdescription = summary.vmdescription.is_some();
             description.contents = StreamFacts::of(&summary);
             Ok((description, None))
@@ -78,14 +106,23 @@ pub fn describe_stream(
     }
 }
 
-fn so_far(path: &Path, check: &StreamCheck) -> StreamDescription {
-    StreamDescription {
-        stream: path.display().to_string(),
-        is_whole: false,
-        machine_type: check.machine_type(),
-        run_state: None,
-        bytes: check.position(),
-        vmdescription: false,
-        contents: check.facts_so_far(),
-    }
+/// A stream that was opened as an image knows all of it already.
+fn describe_mapped(description: &mut StreamDescription, opened: &OpenedImage) -> Result<()> {
+    let manifest = opened.image().manifest()?;
+    description.is_whole = true;
+    description.machine_type = Some(manifest.machine.machine_type);
+    description.bytes = opened.image().stream_len();
+    let blocks = manifest.ram_blocks.into_iter();
+    let sections = manifest.sections.into_iter();
+    let stream = manifest.stream.as_ref();
+    description.vmdescription = stream.is_some_and(|stream| stream.vmdescription);
+    description.contents = StreamFacts {
+        ram_blocks: blocks.map(|it| (it.idstr, it.used_length)).collect(),
+        data_pages: stream.map_or(0, |stream| stream.data_pages),
+        zero_pages: stream.map_or(0, |stream| stream.zero_pages),
+        devices: sections
+            .map(|it| device_name(&it.idstr, it.instance_id))
+            .collect(),
+    };
+    Ok(())
 }

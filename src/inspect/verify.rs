@@ -301,12 +301,15 @@ fn named(blocks: &[RamBlock]) -> Vec<(String, u64)> {
     named.collect()
 }
 
+pub(super) fn device_name(idstr: &str, instance: u32) -> String {
+    match instance {
+        0 => idstr.to_owned(),
+        instance => format!("{idstr} #{instance}"),
+    }
+}
+
 impl StreamFacts {
     pub(super) fn of(summary: &StreamSummary) -> Self {
-        let name = |idstr: &str, instance: u32| match instance {
-            0 => idstr.to_owned(),
-            instance => format!("{idstr} #{instance}"),
-        };
         StreamFacts {
             ram_blocks: named(&summary.blocks),
             data_pages: summary.data_pages,
@@ -314,7 +317,7 @@ impl StreamFacts {
             devices: summary
                 .sections
                 .iter()
-                .map(|section| name(&section.idstr, section.instance_id))
+                .map(|section| device_name(&section.idstr, section.instance_id))
                 .collect(),
         }
     }

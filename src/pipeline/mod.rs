@@ -38,7 +38,7 @@ pub use decode::{decode, examine};
 pub use device_state::{device_region, device_sections};
 pub use encode::{Encoded, Encoding, LIVE_BUFFER_LEN, encode, encode_live};
 pub use fetch::{ChunkTable, Fetcher, MOST_AT_ONCE};
-pub use mapped::MappedImage;
+pub use mapped::{FoundMapped, MappedImage, unpack};
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
 pub use place::{Destination, Placement, place};
 pub use recode::{keeps_stream, recode};

@@ -23,6 +23,14 @@ pub enum RestoreError {
         /// Each resource that would be used.
         resources: Vec<String>,
     },
+    /// Its image was made of a bare stream, which does not tell what to start.
+    #[error(
+        "{guest} was not restored: its image has no configuration that QEMU could be started with"
+    )]
+    NoConfiguration {
+        /// The guest.
+        guest: String,
+    },
     /// A guest of the chosen name runs already.
     #[error("a guest named {name} runs here already, pid {pid}")]
     NameTaken {
@@ -204,6 +212,7 @@ impl Blame for RestoreError {
             | RestoreError::SharedDisks { .. }
             | RestoreError::ClonesOfPipe => ErrorKind::Usage,
             RestoreError::Clone { why, .. } => why.kind(),
+            RestoreError::NoConfiguration { .. } => ErrorKind::Usage,
             RestoreError::NotAStream | RestoreError::HeadDiffers { .. } => ErrorKind::Image,
             RestoreError::Damaged { why, .. } => why.kind(),
             RestoreError::Frozen { .. } => ErrorKind::Image,

@@ -585,6 +585,10 @@ pub fn call_disks_by_id(remaps: &mut [Remap], manifest: &Manifest, xml: &str) ->
 /// The kept arguments with the disks that the guest had at the save and what was chosen since, if its image is trusted
 /// to name any.
 fn kept_arguments(manifest: &Manifest, is_trusted: bool) -> Result<Arguments> {
+    if manifest.qemu.argv.is_empty() {
+        let guest = manifest.guest.name.clone();
+        return Err(RestoreError::NoConfiguration { guest }.into());
+    }
     if !is_trusted {
         return Ok(Arguments::parse(&manifest.qemu.argv)?);
     }

@@ -308,6 +308,7 @@ impl Description {
             capabilities: Vec::new(),
             resources: self.resources.resources.iter().filter_map(kept).collect(),
             remaps: Vec::new(),
+            libvirt_cookie: None,
             labels: labels.clone(),
             stream: None,
             other: Default::default(),

@@ -30,6 +30,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, SeekFrom, flock};
 use rustix::io::Errno;
 
 use super::StoreError;
+use super::surroundings::Surroundings;
 use crate::bytes::{PublishError, ReadAt, Sink, WriteAt};
 
 /// Bytes collected before they go to the kernel in one write.
@@ -42,10 +43,13 @@ const LARGE_LEN: usize = 1 << 18;
 pub(super) const FLUSH_LEN: u64 = 8 << 20;
 
 /// A regular file, or a block device, opened for reading.
+///
+/// With [`FileSource::with_surroundings`] a part of one, as if other bytes stood before and behind it.
 #[derive(Debug)]
 pub struct FileSource {
     file: File,
     len: u64,
+    surroundings: Option<Box<Surroundings>>,
 }
 
 impl FileSource {
@@ -74,7 +78,17 @@ impl FileSource {
         Ok(FileSource {
             file,
             len: metadata.len(),
+            surroundings: None,
         })
+    }
+
+    /// Reads a part of an open file, with other bytes around it.
+    pub fn with_surroundings(file: File, surroundings: Surroundings) -> Self {
+        FileSource {
+            file,
+            len: surroundings.len(),
+            surroundings: Some(Box::new(surroundings)),
+        }
     }
 
     /// The open file.
@@ -132,7 +146,11 @@ impl From<File> for FileSource {
     /// Reads an open file as it is now long; a file whose length is unknown counts as empty.
     fn from(file: File) -> Self {
         let len = file.metadata().map_or(0, |metadata| metadata.len());
-        FileSource { file, len }
+        FileSource {
+            file,
+            len,
+            surroundings: None,
+        }
     }
 }
 
@@ -142,17 +160,28 @@ impl ReadAt for FileSource {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
+        match &self.surroundings {
+            Some(surroundings) => surroundings.read_exact_at(&self.file, buf, offset),
+            None => self.file.read_exact_at(buf, offset),
+        }
     }
 
     fn next_data(&self, offset: u64) -> io::Result<u64> {
-        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(data) => Ok(data.min(self.len)),
-            Err(Errno::NXIO) => Ok(self.len),
-            // A file system that does not tell where holes are.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
-            Err(errno) => Err(errno.into()),
+        match &self.surroundings {
+            Some(surroundings) => surroundings.next_data(&self.file, offset),
+            None => next_data(&self.file, offset, self.len),
         }
+    }
+}
+
+/// The first place from `offset` on where a file of `len` bytes may have one that is not zero.
+pub(super) fn next_data(file: &File, offset: u64, len: u64) -> io::Result<u64> {
+    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(data) => Ok(data.min(len)),
+        Err(Errno::NXIO) => Ok(len),
+        // A file system that does not tell where holes are.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -10,12 +10,14 @@ mod location;
 mod part;
 mod pipe;
 pub mod remote;
+mod surroundings;
 
 pub use append::FileAppender;
 pub use file::{FileIdentity, FileSink, FileSource, check_target, open_to_change, temporary_name};
 pub use location::{Location, SshLocation};
 pub use part::PartFile;
 pub use pipe::{PipeSink, spool};
+pub use surroundings::Surroundings;
 
 use std::io;
 use std::path::PathBuf;

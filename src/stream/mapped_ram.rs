@@ -87,6 +87,16 @@ impl MappedRam {
     ///
     /// `machine_type` is the resolved one; `ram_section` a number that no device section has.
     pub fn lay_out(machine_type: &str, ram_section: u32, blocks: &[RamBlock]) -> Self {
+        MappedRam::lay_out_from(0, machine_type, ram_section, blocks)
+    }
+
+    /// As [`MappedRam::lay_out`], in a file in which the stream begins at `start`.
+    pub fn lay_out_from(
+        start: u64,
+        machine_type: &str,
+        ram_section: u32,
+        blocks: &[RamBlock],
+    ) -> Self {
         let mut front = configuration(machine_type, Some(CAPABILITY));
         push_ram_start(&mut front, ram_section, blocks);
         let mut laid_out = MappedRam {
@@ -94,7 +104,7 @@ impl MappedRam {
             entries: Vec::new(),
             behind_pages: behind_all_pages(ram_section),
         };
-        let mut entry = 0;
+        let mut entry = start;
         for block in blocks {
             let mut bytes = std::mem::take(&mut front);
             push_str8(&mut bytes, &block.idstr);

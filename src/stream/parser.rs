@@ -157,7 +157,14 @@ impl Parser {
 
     /// At the beginning of a stream of the mapped-ram layout.
     pub fn mapped_ram() -> Self {
+        Parser::mapped_ram_from(StreamOffset(0))
+    }
+
+    /// As [`Parser::mapped_ram`], in a file in which the stream begins at `start`. All positions are the file's then, as
+    /// those in the stream are.
+    pub fn mapped_ram_from(start: StreamOffset) -> Self {
         let mut parser = Parser::new();
+        parser.position = start.0;
         parser.configuration.is_mapped = true;
         parser
     }

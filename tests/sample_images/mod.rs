@@ -94,6 +94,7 @@ pub fn full_manifest() -> Manifest {
             other: other(),
         }],
         remaps: Vec::new(),
+        libvirt_cookie: None,
         labels: [("team".into(), "web".into())].into(),
         stream: Some(StreamSummary {
             len: 56,

@@ -67,6 +67,14 @@ pub fn sshd() -> PathBuf {
     existing("bin/sshd", "sshd (Debian package openssh-server)")
 }
 
+/// The directory below which libvirt 9.0 is unpacked.
+pub fn libvirt_9() -> PathBuf {
+    existing(
+        "libvirt-9.0",
+        "libvirt 9.0 (Debian packages libvirt-daemon and libvirt0 of bookworm)",
+    )
+}
+
 /// A file that is checked in below `testdata`.
 pub fn testdata(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

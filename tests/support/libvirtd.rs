@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use super::assets::libvirt_9;
 use super::process::Process;
 use super::wait::{PATIENCE, wait_until};
 
@@ -36,6 +37,13 @@ const BINDS: [(&str, &str); 5] = [
     ("run", "/run"),
 ];
 
+/// What of libvirt 9.0 has to be where libvirt's own is.
+const BINDS_9: [&str; 3] = [
+    "/usr/lib/libvirt",
+    "/usr/lib/x86_64-linux-gnu/libvirt",
+    "/usr/share/libvirt",
+];
+
 #[derive(Debug)]
 pub struct Libvirtd {
     dir: PathBuf,
@@ -45,12 +53,23 @@ pub struct Libvirtd {
 impl Libvirtd {
     /// Starts one with its files below `dir`, out of reach of the terminal's Ctrl-C.
     pub fn start(dir: &Path) -> Self {
+        Libvirtd::start_as(dir, "", None)
+    }
+
+    /// Debian 12's libvirt 9.0, which `tests/setup.sh` unpacks. It saves in `format`.
+    pub fn start_9(dir: &Path, format: &str) -> Self {
+        let conf = format!("save_image_format = \"{format}\"\n");
+        Libvirtd::start_as(dir, &conf, Some(&libvirt_9()))
+    }
+
+    fn start_as(dir: &Path, conf: &str, root: Option<&Path>) -> Self {
         let dir = dir.to_owned();
         for (name, _) in BINDS {
             std::fs::create_dir_all(dir.join(name)).unwrap();
         }
         std::fs::write(dir.join("etc/libvirtd.conf"), LIBVIRTD_CONF).unwrap();
-        std::fs::write(dir.join("etc/qemu.conf"), QEMU_CONF).unwrap();
+        let conf = format!("{QEMU_CONF}{conf}");
+        std::fs::write(dir.join("etc/qemu.conf"), conf).unwrap();
         let mut script = String::from("set -e\n");
         for (name, target) in BINDS {
             // A host where libvirt never ran has not all of them.
@@ -60,8 +79,17 @@ impl Libvirtd {
                 own.display()
             );
         }
+        let mut program = "libvirtd".to_owned();
+        if let Some(root) = root {
+            let root = root.display();
+            for target in BINDS_9 {
+                script += &format!("mount --bind '{root}{target}' {target}\n");
+            }
+            script += &format!("export LD_LIBRARY_PATH='{root}/usr/lib/x86_64-linux-gnu'\n");
+            program = format!("'{root}/usr/sbin/libvirtd'");
+        }
         script += &format!(
-            "exec libvirtd --config '{}'",
+            "exec {program} --config '{}'",
             dir.join("etc/libvirtd.conf").display()
         );
         let child = Command::new("unshare")

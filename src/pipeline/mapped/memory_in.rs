@@ -27,7 +27,7 @@ pub fn capture(
     progress: &dyn Progress,
 ) -> Result<Encoded, Error> {
     let target = image.places().ok_or(PipelineError::NoPlaces)?;
-    let places = Places::new(target, &guest.machine_type, guest.ram_blocks());
+    let places = Places::new(target, 0, &guest.machine_type, guest.ram_blocks());
     let cursor = Mutex::new(Cursor::new(guest, encoding.chunk_len));
     let copier = Copier {
         guest,

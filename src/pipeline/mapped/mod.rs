@@ -11,6 +11,7 @@
 //!
 //! Source: spec/qemu-stream.md §13, spec/container.md §6, §7.
 
+mod adopt;
 mod memory_in;
 mod payload;
 mod places;
@@ -18,9 +19,10 @@ mod seal;
 mod stream_in;
 mod stream_out;
 
+pub use adopt::FoundMapped;
 pub use memory_in::capture;
 pub use payload::MappedImage;
-pub use stream_in::encode;
+pub use stream_in::{encode, unpack};
 pub use stream_out::decode;
 
 /// Pages in a word of a bitmap.

@@ -14,6 +14,7 @@ use crate::units::{FileOffset, PAGE_LEN};
 /// Writes pages where they belong and keeps which there are: one bit a page.
 pub struct Places<'p> {
     target: &'p dyn WriteAt,
+    start: u64,
     machine_type: String,
     blocks: Vec<RamBlock>,
     layout: MappedRam,
@@ -21,16 +22,22 @@ pub struct Places<'p> {
 }
 
 impl<'p> Places<'p> {
-    /// No page is there.
-    pub fn new(target: &'p dyn WriteAt, machine_type: &str, blocks: Vec<RamBlock>) -> Self {
+    /// No page is there. The stream begins at `start`.
+    pub fn new(
+        target: &'p dyn WriteAt,
+        start: u64,
+        machine_type: &str,
+        blocks: Vec<RamBlock>,
+    ) -> Self {
         // The number of the section is not known yet, and moves nothing.
-        let layout = MappedRam::lay_out(machine_type, 0, &blocks);
+        let layout = MappedRam::lay_out_from(start, machine_type, 0, &blocks);
         let bitmaps = layout.blocks.iter().map(|block| {
             let words = (0..block.word_count()).map(|_| AtomicU64::new(0));
             words.collect()
         });
         Places {
             target,
+            start,
             machine_type: machine_type.to_owned(),
             present: bitmaps.collect(),
             blocks,
@@ -120,7 +127,12 @@ impl<'p> Places<'p> {
         });
         Placed {
             target: self.target,
-            layout: MappedRam::lay_out(&self.machine_type, ram_section, &self.blocks),
+            layout: MappedRam::lay_out_from(
+                self.start,
+                &self.machine_type,
+                ram_section,
+                &self.blocks,
+            ),
             bitmaps: bitmaps.collect(),
         }
     }

@@ -81,7 +81,11 @@ impl Placed<'_> {
         Ok(summary)
     }
 
-    fn write_framing(&self, device_sections: &[u8]) -> Result<(), PipelineError> {
+    /// Writes bitmaps and all else that is no page; gives where the stream ends.
+    ///
+    /// # Errors
+    /// [`ContainerError::Write`].
+    pub fn write_framing(&self, device_sections: &[u8]) -> Result<u64, PipelineError> {
         let blocks = self.layout.blocks.iter().zip(&self.layout.entries);
         for ((block, entry), bitmap) in blocks.zip(&self.bitmaps) {
             let bitmap = bitmap.iter().flat_map(|word| word.to_le_bytes());
@@ -89,7 +93,8 @@ impl Placed<'_> {
             write_at(self.target, &bytes, block.entry)?;
         }
         let tail = [self.layout.behind_pages.as_slice(), device_sections].concat();
-        write_at(self.target, &tail, self.layout.pages_end())
+        write_at(self.target, &tail, self.layout.pages_end())?;
+        Ok(self.layout.pages_end() + tail.len() as u64)
     }
 
     /// Where to cut: framing with bitmaps, then one chunk for each aligned region of a block, from its first page that is

@@ -2,11 +2,11 @@
 
 use std::io::Read;
 
-use super::places::Places;
-use crate::bytes::WriteAt;
-use crate::container::ImageWriter;
-use crate::pipeline::{Encoded, Encoding, PipelineError};
-use crate::progress::Progress;
+use super::places::{Placed, Places};
+use crate::bytes::{ReadAt, WriteAt};
+use crate::container::{Image, ImageWriter};
+use crate::pipeline::{DEFAULT_CHUNK_LEN, Encoded, Encoding, PipelineError, decode};
+use crate::progress::{Progress, Silent};
 use crate::stream::writer::unused_section;
 use crate::stream::{Element, Event, Parser};
 use crate::units::PAGE_LEN;
@@ -25,15 +25,7 @@ pub fn encode(
     progress: &dyn Progress,
 ) -> Result<Encoded, PipelineError> {
     let target = image.places().ok_or(PipelineError::NoPlaces)?;
-    let mut reader = StreamIn {
-        target,
-        parser: Parser::new(),
-        places: None,
-        run: Run::default(),
-        most_pages: (encoding.chunk_len / PAGE_LEN).max(1),
-        device_sections: Vec::new(),
-        progress,
-    };
+    let mut reader = StreamIn::new(target, 0, encoding.chunk_len, progress);
     let mut bytes = Vec::new();
     loop {
         let start = bytes.len();
@@ -51,6 +43,30 @@ pub fn encode(
     }
     let sealed = reader.finish(encoding)?;
     sealed.place(image)
+}
+
+/// Writes the stream of `image`, each chunk verified, to a file of the mapped-ram layout, in which it begins at `start`.
+/// Gives where it ends.
+///
+/// # Errors
+/// [`PipelineError::Container`] for the first damaged chunk, or what cannot be written; [`PipelineError::Cancelled`].
+pub fn unpack<R: ReadAt>(
+    image: &Image<R>,
+    target: &dyn WriteAt,
+    start: u64,
+    threads: usize,
+    progress: &dyn Progress,
+) -> Result<u64, PipelineError> {
+    let mut reader = StreamIn::new(target, start, DEFAULT_CHUNK_LEN, &Silent);
+    let mut rest: Vec<u8> = Vec::new();
+    decode(image, threads, progress, &mut |raw| {
+        rest.extend_from_slice(raw);
+        let parsed = reader.take(&rest)?;
+        rest.drain(..parsed);
+        Ok(())
+    })?;
+    let (placed, device_sections) = reader.placed()?;
+    placed.write_framing(&device_sections)
 }
 
 fn read_some(stream: &mut dyn Read, buf: &mut [u8]) -> Result<usize, PipelineError> {
@@ -72,6 +88,7 @@ struct Run {
 
 struct StreamIn<'a> {
     target: &'a dyn WriteAt,
+    start: u64,
     parser: Parser,
     /// Known with the list of RAMBlocks.
     places: Option<Places<'a>>,
@@ -82,6 +99,24 @@ struct StreamIn<'a> {
 }
 
 impl<'a> StreamIn<'a> {
+    fn new(
+        target: &'a dyn WriteAt,
+        start: u64,
+        run_len: usize,
+        progress: &'a dyn Progress,
+    ) -> Self {
+        StreamIn {
+            target,
+            start,
+            parser: Parser::new(),
+            places: None,
+            run: Run::default(),
+            most_pages: (run_len / PAGE_LEN).max(1),
+            device_sections: Vec::new(),
+            progress,
+        }
+    }
+
     /// Takes in what can be parsed; gives how many bytes that were.
     fn take(&mut self, bytes: &[u8]) -> Result<usize, PipelineError> {
         let mut parsed = 0;
@@ -146,17 +181,24 @@ impl<'a> StreamIn<'a> {
             let machine_type = self.parser.machine_type();
             // A guest of such an old machine type has no place for the capability.
             let machine_type = machine_type.ok_or(PipelineError::NoConfiguration)?;
-            self.places = Some(Places::new(self.target, machine_type, blocks));
+            self.places = Some(Places::new(self.target, self.start, machine_type, blocks));
         }
         self.places.as_ref().ok_or(PipelineError::Worker)
     }
 
-    fn finish(mut self, encoding: &Encoding) -> Result<super::seal::SealedPayload, PipelineError> {
+    fn finish(self, encoding: &Encoding) -> Result<super::seal::SealedPayload, PipelineError> {
+        let progress = self.progress;
+        let (placed, device_sections) = self.placed()?;
+        placed.seal(&device_sections, encoding, progress)
+    }
+
+    /// All pages in their places, and the device sections.
+    fn placed(mut self) -> Result<(Placed<'a>, Vec<u8>), PipelineError> {
         self.flush()?;
         self.places()?;
         self.parser.finish()?;
         let places = self.places.ok_or(PipelineError::Worker)?;
         let placed = places.finish(unused_section(&self.device_sections));
-        placed.seal(&self.device_sections, encoding, self.progress)
+        Ok((placed, self.device_sections))
     }
 }
