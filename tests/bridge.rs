@@ -8,7 +8,7 @@ mod support;
 use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
-use support::{PATIENCE, Qemu, Restored, Serial, TestDir, testdata, wait_until};
+use support::{PATIENCE, Restored, Serial, TestDir, counter_xml, serial_into, wait_until};
 
 /// Who may use which bridge is QEMU's helper's business.
 const MAKE_BRIDGES: &str = "set -e
@@ -91,21 +91,10 @@ impl Drop for Namespaces {
 #[test]
 fn a_guest_moves_from_one_bridge_to_another() {
     let dir = TestDir::new();
-    let disk = dir.join("web.img");
-    std::fs::copy(testdata("guests/counter.img"), &disk).unwrap();
     let serial = dir.join("serial");
-    let xml = format!(
-        "<domain type='qemu'><name>web</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
-        <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>
-        <devices><emulator>{}</emulator>
-        <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>
-            <target dev='vda' bus='virtio'/></disk>
-        <interface type='bridge'><source bridge='here'/><model type='virtio'/></interface>
-        <serial type='file'><source path='{}' append='on'/></serial></devices></domain>",
-        Qemu::V10.program().display(),
-        disk.display(),
-        serial.display()
-    );
+    let nic = "<interface type='bridge'><source bridge='here'/><model type='virtio'/></interface>";
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), nic);
+    let xml = xml.replace("machine='pc'", "machine='q35'");
     let (xml_file, image) = (dir.join("web.xml"), dir.join("web.stow"));
     std::fs::write(&xml_file, xml).unwrap();
     let (xml_file, image) = (xml_file.to_str().unwrap(), image.to_str().unwrap());

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use vmstow::store::FileSource;
 
-use support::{Guest, GuestSpec, Mark, Restored, Serial, TestDir};
+use support::{Guest, GuestSpec, Mark, Restored, Serial, TestDir, counter_xml, serial_into};
 
 /// A guest that was saved to `x.stow`, and what it had said by then.
 struct Saved {
@@ -36,8 +36,7 @@ fn save(extra: &[&str], options: &[&str]) -> Saved {
 
 impl Saved {
     fn xml(&self) -> String {
-        let output = self.dir.vmstow().args(["config", "x.stow", "get"]).unwrap();
-        String::from_utf8(output.stdout).unwrap()
+        self.dir.xml_in("x.stow")
     }
 
     fn bytes(&self) -> Vec<u8> {
@@ -104,6 +103,77 @@ fn other_backends_in_the_xml_are_what_a_restore_uses() {
     assert_eq!(restored.name(), "web02");
     saved.goes_on(&restored, &serial);
     assert_eq!(saved.guest.serial().text(), saved.before.text());
+}
+
+#[test]
+fn xml_as_people_write_it_is_filled_in_before_it_is_compared_and_kept() {
+    let dir = TestDir::new();
+    let devices = "<controller type='scsi' index='0' model='virtio-scsi'/>
+    <disk type='file' device='cdrom'><target dev='sda' bus='scsi'/><readonly/></disk>
+    <interface type='user'><model type='virtio'/></interface>
+    <serial type='null'/>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <input type='tablet' bus='usb'/>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>";
+    let written = counter_xml(&dir, &serial_into(&dir, "serial"), devices)
+        .replace("machine='pc'", "machine='q35'")
+        .replace("<features>", "<cpu mode='maximum'/>\n  <features>");
+    dir.write("web.xml", &written);
+    let guest = dir.run(&["web.xml"]);
+    let serial = Serial::at(dir.join("serial"));
+    serial.wait_for_tick(3);
+    dir.json(&["save", "web", "x.stow"]);
+    guest.qemu.wait_for_exit();
+    let before = serial.mark();
+    let replace = |text: &str| {
+        dir.write("new.xml", text);
+        dir.json(&["config", "x.stow", "replace", "new.xml"])
+    };
+    let kept = dir.xml_in("x.stow");
+    // What it was run from says what is kept.
+    assert_eq!(replace(&written)["is_changed"], false);
+    let same = dir.json(&["config", "x.stow", "diff", "web.xml"]);
+    assert_eq!(same["is_same"], true, "{same:#}");
+    assert_eq!(dir.xml_in("x.stow"), kept);
+    // What is seen is told, and nothing that was only left open.
+    for (from, to, seen) in [
+        ("<rng model='virtio'>", "<!-- <rng model='virtio'>", ""),
+        ("bus='scsi'/>", "bus='sata'/>", "disk[2]/target/@bus"),
+        ("<vcpu>1<", "<vcpu>2<", "domain/vcpu"),
+    ] {
+        let text = written.replace(from, to);
+        let text = match seen {
+            "" => text.replace("</rng>", "</rng> -->"),
+            _ => text,
+        };
+        dir.write("new.xml", &text);
+        let said = dir.refused(2, &["config", "x.stow", "replace", "new.xml"]);
+        let seen = if seen.is_empty() { "devices/rng" } else { seen };
+        assert!(
+            said.contains(seen) && said.contains("web would see"),
+            "{said}"
+        );
+        assert!(said.matches("domain/").count() <= 3, "{said}");
+        assert!(!said.contains("line 0"), "{said}");
+    }
+    // Another backend, in the words of the short XML.
+    let moved = dir.join("moved");
+    let text = written
+        .replace(
+            &dir.join("serial").display().to_string(),
+            moved.to_str().unwrap(),
+        )
+        .replace("<name>web<", "<name>web02<");
+    let report = replace(&text);
+    assert_eq!(report["is_changed"], true);
+    let changed = dir.xml_in("x.stow");
+    let count = |text: &str, what: &str| text.matches(what).count();
+    for what in ["<address ", "<alias ", "<controller "] {
+        assert_eq!(count(&changed, what), count(&kept, what), "{changed}");
+    }
+    let restored = dir.restore(&["x.stow"]);
+    assert_eq!(restored.name(), "web02");
+    Serial::at(&moved).assert_goes_on(&before);
 }
 
 #[test]

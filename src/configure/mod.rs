@@ -1,13 +1,14 @@
 //! The configuration in an image: looked at, compared, changed.
 //!
 //! ```text
-//! open → new XML and labels → compare → carry over → lock → append XML, manifest, signature → sync
+//! open → new XML and labels → fill in → compare → carry over → lock → append XML, manifest, signature → sync
 //! ```
 //!
 //! A guest is restored with its kept arguments, not with arguments made from its XML. So other backends in a changed XML
 //! become remaps in the manifest, which every restore applies before the user's own; a change of the name and of the
 //! emulator goes there too. What the guest would see, and what no remap can say, is refused: the XML never says what a
-//! restore does not do. Only how the host runs the guest (tuning, actions, audio) may differ; [`Proposal::unheeded`] tells.
+//! restore does not do. XML that leaves things open, as people write it, is filled in first, so that an image always holds
+//! XML in which nothing is left to choose. Only how the host runs the guest (tuning, actions, audio) may differ; [`Proposal::unheeded`] tells.
 
 mod error;
 mod place;
@@ -20,6 +21,7 @@ pub use error::ConfigureError;
 pub use place::{is_path, value_at, with_value_at};
 
 use crate::config::abi::{Carried, Change, Class, Comparison, carry_over, compare};
+use crate::config::expand::{HostKnowledge, expand_again};
 use crate::config::remap::{self, kept_with};
 use crate::config::resources::ResourceTable;
 use crate::config::xml::Document;
@@ -82,10 +84,9 @@ impl Proposal {
         manifest
             .labels
             .retain(|name, _| !wish.removed_labels.contains(name));
-        let xml = wish.xml.filter(|xml| *xml != old);
-        let mut comparison = Comparison::default();
-        if let Some(xml) = &xml {
-            comparison = judge(&old, xml, &manifest)?;
+        let (mut xml, mut comparison) = (None, Comparison::default());
+        if let Some(new) = wish.xml.filter(|xml| *xml != old) {
+            (xml, comparison) = judge(&old, new, &manifest)?;
             change_manifest(&mut manifest, &comparison)?;
         }
         Ok(Proposal {
@@ -156,17 +157,53 @@ fn changeable(opened: &OpenedImage) -> Result<std::path::PathBuf> {
     }
 }
 
-/// The differences of two domain XMLs.
+/// The differences of two domain XMLs; what the new one leaves open is as in the old one, or as a start would fill it in.
 ///
 /// # Errors
 /// XML that cannot be read.
 pub fn differences(old: &str, new: &str) -> Result<Vec<Change>> {
     let old = Document::parse(old.as_bytes())?;
     let new = Document::parse(new.as_bytes())?;
-    Ok(compare(&old, &new).changes)
+    Ok(Reading::nearest(&old, &new).comparison.changes)
 }
 
-fn judge(old: &str, new: &str, manifest: &Manifest) -> Result<Comparison> {
+/// What a new domain XML means for a guest, and how that differs from what it is.
+struct Reading {
+    comparison: Comparison,
+    /// The XML in which nothing is left open, if the new one left something.
+    filled_in: Option<String>,
+}
+
+impl Reading {
+    /// Word for word if the guest sees no difference so, and if nothing was left open; else filled in.
+    fn nearest(old: &Document, new: &Document) -> Self {
+        let word_for_word = Reading {
+            comparison: compare(old, new),
+            filled_in: None,
+        };
+        let seen = |reading: &Reading| reading.comparison.of(Class::Abi).count();
+        if seen(&word_for_word) == 0 {
+            return word_for_word;
+        }
+        // The machine and all else that a host decides are the old ones.
+        match expand_again(new, old, &HostKnowledge::default()) {
+            Ok(expanded) => {
+                let filled_in = Reading {
+                    comparison: compare(old, &expanded.document),
+                    filled_in: Some(expanded.document.write()),
+                };
+                match seen(&filled_in) < seen(&word_for_word) {
+                    true => filled_in,
+                    false => word_for_word,
+                }
+            }
+            Err(_) => word_for_word,
+        }
+    }
+}
+
+/// The XML to keep, and how it differs; `None` if it says what is kept already.
+fn judge(old: &str, new: String, manifest: &Manifest) -> Result<(Option<String>, Comparison)> {
     if new.trim().is_empty() {
         return Err(ConfigureError::Empty.into());
     }
@@ -178,7 +215,8 @@ fn judge(old: &str, new: &str, manifest: &Manifest) -> Result<Comparison> {
     if read_identity(new.as_bytes())?.name.is_none() {
         return Err(ConfigureError::NoName.into());
     }
-    let comparison = compare(&Document::parse(old.as_bytes())?, &document);
+    let reading = Reading::nearest(&Document::parse(old.as_bytes())?, &document);
+    let comparison = reading.comparison;
     let seen: Vec<Change> = comparison.of(Class::Abi).cloned().collect();
     if !seen.is_empty() {
         return Err(ConfigureError::SeenByGuest {
@@ -187,7 +225,13 @@ fn judge(old: &str, new: &str, manifest: &Manifest) -> Result<Comparison> {
         }
         .into());
     }
-    Ok(comparison)
+    let xml = match reading.filled_in {
+        // Comments alone are no reason to keep another text than the one that stands there.
+        Some(_) if comparison.changes.is_empty() => None,
+        Some(filled_in) => Some(filled_in),
+        None => Some(new),
+    };
+    Ok((xml, comparison))
 }
 
 /// Puts into the manifest what a restore has to know of the changed XML.

@@ -23,6 +23,7 @@
 mod assets;
 mod before;
 mod dir;
+mod domain;
 mod guest;
 mod guest_memory;
 mod libvirtd;
@@ -36,6 +37,7 @@ mod wait;
 pub use assets::{Qemu, linux_initrd, linux_kernel, testdata};
 pub use before::{Before, Settings, wait_for_silence};
 pub use dir::{TestDir, flip_bit};
+pub use domain::{counter_xml, serial_into};
 pub use guest::{Guest, GuestSpec, Kind, SerialPort};
 pub use guest_memory::{MemoryRange, chunk_of, fill, fill_at, memory, scribbled, write_memory};
 pub use libvirtd::Libvirtd;

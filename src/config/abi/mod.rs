@@ -33,7 +33,7 @@ pub use rules::Class;
 pub struct Change {
     /// Where: `domain/devices/disk[2]/source/@file`, counted in the XML that has it, the new one if both do.
     pub path: String,
-    /// Its line in the new XML, or in the old one if it is gone.
+    /// Its line in the new XML, or in the old one if it is gone; 0 if nobody wrote it and it was filled in.
     pub line: u32,
     /// What it was; `None` if it was not there.
     pub old: Option<String>,
@@ -70,13 +70,15 @@ impl fmt::Display for Change {
         let Change {
             path, line, new, ..
         } = self;
+        // What nobody wrote has no line, what is gone has one in another text.
+        if *line > 0 && (new.is_some() || self.old.is_none()) {
+            write!(f, "line {line}: ")?;
+        }
         match (&self.old, new) {
-            (Some(old), Some(new)) => {
-                write!(f, "line {line}: {path} is {old:?} and would be {new:?}")
-            }
-            (None, Some(new)) => write!(f, "line {line}: {path} is not there and would be {new:?}"),
+            (Some(old), Some(new)) => write!(f, "{path} is {old:?} and would be {new:?}"),
+            (None, Some(new)) => write!(f, "{path} is not there and would be {new:?}"),
             (Some(old), None) => write!(f, "{path} is {old:?} and would be gone"),
-            (None, None) => write!(f, "line {line}: {path}"),
+            (None, None) => f.write_str(path),
         }
     }
 }

@@ -12,6 +12,7 @@ mod drives;
 mod edit;
 mod firmware;
 mod implicit;
+mod inherit;
 mod knowledge;
 mod machine;
 mod modules;
@@ -24,6 +25,7 @@ use super::domain::{Domain, Problems};
 use super::error::Unmodelled;
 use super::xml::Document;
 
+pub use inherit::expand_again;
 pub use knowledge::{
     CpuExpansion, Firmware, FirmwareDescriptor, FirmwareFile, FirmwareMapping, FirmwareTarget,
     HostKnowledge,
