@@ -22,6 +22,7 @@ mod restore;
 mod run;
 mod save;
 mod settings;
+mod start;
 mod stop;
 mod ui;
 mod verify;

@@ -9,7 +9,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::settings::{self, RemapArgs};
+use super::settings;
+use super::start::StartArgs;
 use super::ui::{Ui, threads};
 use super::{About, Failure, Outcome};
 use crate::container::{ContainerError, Manifest};
@@ -82,20 +83,8 @@ pub struct RestoreArgs {
     )]
     verify: VerifyArg,
 
-    /// Leave the guest paused
-    #[arg(long)]
-    paused: bool,
-
-    /// Use this QEMU instead of the one the guest was saved from
-    #[arg(long, value_name = "PATH")]
-    qemu: Option<PathBuf>,
-
-    /// Give the guest another name here
-    #[arg(long)]
-    name: Option<String>,
-
     #[command(flatten)]
-    remaps: RemapArgs,
+    start: StartArgs,
 
     /// Let the image use resources of this host although nobody you trust signed it
     #[arg(long)]
@@ -194,13 +183,12 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
         VerifyArg::Background => Verify::Background,
         VerifyArg::Quick => Verify::Quick,
     });
-    let remaps = args.remaps.all()?;
     let mut request = RestoreRequest {
         image: image.clone(),
-        qemu: args.qemu,
-        name: args.name,
-        paused: args.paused,
-        remaps,
+        qemu: args.start.qemu,
+        name: args.start.name,
+        paused: args.start.paused,
+        remaps: args.start.remaps.all()?,
         settings: settings::read()?,
         trust: args.trust,
         accept_changed_disks: args.accept_changed_disks,
@@ -426,7 +414,7 @@ fn start_over(dir: &GuestDir, words: Vec<OsString>, cwd: PathBuf, waits: bool, u
         path: cwd.clone(),
         source,
     })?;
-    let Some(args) = super::parse_restore(&words) else {
+    let Some(mut args) = super::parse_restore(&words) else {
         return Err(ServeError::NoTask.into());
     };
     let name = dir.name().to_owned();
@@ -434,11 +422,8 @@ fn start_over(dir: &GuestDir, words: Vec<OsString>, cwd: PathBuf, waits: bool, u
         return Err(RestoreError::CutOffClone { guest: name }.into());
     }
     dir.remove()?;
-    let args = RestoreArgs {
-        name: Some(name),
-        wait: args.wait || waits,
-        ..args
-    };
+    args.start.name = Some(name);
+    args.wait |= waits;
     restore(args, invocation(words, cwd)?, ui)
 }
 

@@ -1,6 +1,5 @@
 //! `vmstow run`: starts a guest from domain XML.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -8,7 +7,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::restore::shell_words;
-use super::settings::{self, RemapArgs};
+use super::settings;
+use super::start::StartArgs;
 use super::ui::Ui;
 use super::{About, Outcome};
 use crate::progress::Progress;
@@ -26,20 +26,8 @@ pub struct RunArgs {
     #[arg(value_name = "XML|IMAGE")]
     source: Location,
 
-    /// Leave the guest paused, before its first instruction
-    #[arg(long)]
-    paused: bool,
-
-    /// Use this QEMU instead of the one that the XML names
-    #[arg(long, value_name = "PATH")]
-    qemu: Option<PathBuf>,
-
-    /// Give the guest another name here
-    #[arg(long)]
-    name: Option<String>,
-
     #[command(flatten)]
-    remaps: RemapArgs,
+    start: StartArgs,
 
     /// Use what the XML says to QEMU past libvirt (qemu:commandline), and the resources that an image names which nobody
     /// you trust signed
@@ -65,13 +53,12 @@ Examples:
 
 /// Starts the guest, or prints its command.
 pub fn run(args: RunArgs, ui: &Ui) -> Outcome {
-    let remaps = args.remaps.all()?;
     let request = RunRequest {
         source: args.source.clone(),
-        paused: args.paused,
-        qemu: args.qemu,
-        name: args.name,
-        remaps,
+        paused: args.start.paused,
+        qemu: args.start.qemu,
+        name: args.start.name,
+        remaps: args.start.remaps.all()?,
         settings: settings::read()?,
         trust: args.trust,
         timeout: Duration::from_secs(args.timeout),
