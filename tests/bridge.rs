@@ -14,7 +14,6 @@ use support::{PATIENCE, Restored, Serial, TestDir, counter_xml, serial_into, wai
 const MAKE_BRIDGES: &str = "set -e
 mkdir -p /etc/qemu
 mount --bind \"$1\" /etc/qemu
-mount -t sysfs sysfs /sys
 for bridge in here there; do
     ip link add $bridge type bridge
     ip link set $bridge up

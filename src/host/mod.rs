@@ -10,6 +10,7 @@ mod error;
 mod facts;
 mod facts_cache;
 mod firmware;
+mod interfaces;
 mod lasting;
 mod memory;
 mod monitor;
@@ -28,6 +29,7 @@ pub use facts::{
     userfaultfd,
 };
 pub use firmware::{FirmwareDescriptor, firmware_descriptors};
+pub use interfaces::has_interface;
 pub use lasting::{Lasting, make_from_template, make_private_directory};
 pub use memory::{available_memory, resident_bytes};
 pub use monitor::{

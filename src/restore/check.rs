@@ -114,7 +114,7 @@ pub fn host_facts(qemu: &QemuFacts, needs: &GuestNeeds, cwd: &Path) -> HostFacts
         )),
         machine_types: machine_types.collect(),
         accelerators: accelerators.cloned().collect(),
-        interfaces: interfaces(),
+        interfaces: Some(interfaces(needs)),
         available_memory_bytes: host::available_memory(),
         ..HostFacts::default()
     };
@@ -187,14 +187,14 @@ fn is_busy(address: &str) -> bool {
     }
 }
 
-/// The network interfaces of this host.
-fn interfaces() -> Option<BTreeSet<String>> {
-    let entries = std::fs::read_dir("/sys/class/net").ok()?;
-    Some(
-        entries
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .collect(),
-    )
+/// The network interfaces that the guest needs and that are there.
+fn interfaces(needs: &GuestNeeds) -> BTreeSet<String> {
+    let all = needs.resources.resources.iter();
+    let named = all.filter_map(|one| one.backend.interface.as_ref());
+    named
+        .filter(|name| host::has_interface(name))
+        .cloned()
+        .collect()
 }
 
 #[cfg(test)]
