@@ -96,6 +96,48 @@ fn an_image_of_any_layout_comes_there_and_back_as_it_was_and_the_guest_counts_on
     guest.serial().assert_goes_on(&before);
 }
 
+#[test]
+fn whoever_reads_images_reads_those_of_another_host_and_restores_them_lazily_too() {
+    let dir = TestDir::new();
+    let mut guest = Guest::start(&dir, GuestSpec::default());
+    guest.serial().wait_for_tick(5);
+    let other = OtherHost::new(&dir, "other");
+    dir.json(&["save", &guest.source(), "x.stow"]);
+    guest.wait_for_exit();
+    std::fs::rename(dir.join("x.stow"), other.path("x.stow")).unwrap();
+    let there = other.location("x.stow");
+    let answer = |arguments: &[&str]| {
+        let output = command(&dir, &other, arguments).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {stderr}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let inspected = answer(&["--json", "inspect", &there]);
+    assert_eq!(inspected["restores"]["lazy"], json!([]), "{inspected}");
+    let verified = answer(&["--json", "verify", "--deep", &there]);
+    assert_eq!(verified["is_whole"], json!(true));
+    answer(&["--json", "convert", &there, "y.stow", "--layout", "raw"]);
+
+    for lazily in [&["--lazy"][..], &[]] {
+        let before = guest.serial().mark();
+        let report = answer(&[&["--json", "restore", &there], lazily].concat());
+        guest.serial().assert_goes_on(&before);
+        let name = report["name"].as_str().unwrap();
+        if !lazily.is_empty() {
+            answer(&["--json", "restore", "--resume", name, "--wait"]);
+        }
+        answer(&["--json", "stop", name]);
+    }
+    let (text, code) = {
+        let output = command(&dir, &other, &["restore", "--map", &there])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (text, output.status.code())
+    };
+    assert_ne!(code, Some(0), "{text}");
+}
+
 /// Bytes in `path`; none if it is not there.
 fn len(path: &Path) -> u64 {
     path.metadata().map_or(0, |metadata| metadata.len())

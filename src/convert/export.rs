@@ -20,7 +20,7 @@ use crate::image::foreign::compression::Encoder;
 use crate::image::foreign::libvirt::{SaveFormat, SaveMetadata};
 use crate::pipeline::{self, PipelineError};
 use crate::progress::Progress;
-use crate::store::{FileSink, FileSource, Location, PipeSink};
+use crate::store::{AnyFile, FileSink, Location, PipeSink};
 
 /// Where the stream begins in a save image of format `sparse`: a multiple of this.
 const SPARSE_ALIGNMENT: usize = 4096;
@@ -142,7 +142,7 @@ fn write(
 
 /// What libvirt is told of the guest.
 fn metadata(
-    image: &Image<FileSource>,
+    image: &Image<AnyFile>,
     manifest: &Manifest,
     request: &ExportRequest,
 ) -> Result<SaveMetadata> {
@@ -184,7 +184,7 @@ fn warn(manifest: &Manifest, metadata: &SaveMetadata, warnings: &mut Vec<String>
 
 /// Writes the stream behind `front`, compressed as `format` says.
 fn write_stream(
-    image: &Image<FileSource>,
+    image: &Image<AnyFile>,
     front: &[u8],
     format: SaveFormat,
     threads: usize,
@@ -206,7 +206,7 @@ fn write_stream(
 
 /// Writes pages to their places behind `front`, and all else around them.
 fn write_places(
-    image: &Image<FileSource>,
+    image: &Image<AnyFile>,
     front: &[u8],
     threads: usize,
     sink: &mut dyn Sink,

@@ -16,7 +16,7 @@ use crate::image::foreign::describe::{Described, Known, describe};
 use crate::image::foreign::{About, ForeignFile, append_sections};
 use crate::pipeline::{self, PipelineError};
 use crate::progress::Progress;
-use crate::store::{FileSource, Location};
+use crate::store::{AnyFile, Location};
 
 /// Makes an image of a file of others, which lies at `location`.
 ///
@@ -101,7 +101,7 @@ fn write(
 }
 
 /// Describes the guest of an image without a configuration by the XML that the user gives it.
-pub(super) fn describe_anew(image: &Image<FileSource>, xml: &str) -> Result<Described> {
+pub(super) fn describe_anew(image: &Image<AnyFile>, xml: &str) -> Result<Described> {
     let manifest = image.manifest()?;
     if !manifest.qemu.argv.is_empty() || manifest.guest.has_own_xml {
         return Err(ConvertError::HasXml.into());

@@ -31,7 +31,7 @@ use crate::image::foreign::describe::Described;
 use crate::image::{OpenedImage, Origin, Trust};
 use crate::pipeline::{self, Encoded, Encoding, PipelineError};
 use crate::progress::Progress;
-use crate::store::{FileSink, FileSource, Location, PipeSink};
+use crate::store::{AnyFile, FileSink, Location, PipeSink};
 use crate::stream::StreamSummary;
 
 /// What is to be made.
@@ -163,7 +163,7 @@ fn publish(sink: &mut dyn Sink, progress: &dyn Progress) -> Result<()> {
 
 /// What is converted.
 struct Source<'a> {
-    image: &'a Image<FileSource>,
+    image: &'a Image<AnyFile>,
     /// Whether it is one, whose digest is worth to be named.
     is_image: bool,
     /// Its configuration, if the user gave it one.
@@ -171,7 +171,7 @@ struct Source<'a> {
 }
 
 /// Whether somebody this user trusts vouches for the image; if that cannot be told, nobody does.
-fn is_trusted(image: &Image<FileSource>) -> bool {
+fn is_trusted(image: &Image<AnyFile>) -> bool {
     Trust::of(image).is_ok_and(|trust| trust.is_trusted())
 }
 
@@ -243,7 +243,7 @@ fn sign(target: &mut ImageWriter<'_>, key: Option<&SigningKey>) -> Result<()> {
 }
 
 /// How much the progress counts up to: a stream that stays is counted, one that is cut anew by its pages.
-fn work_of(image: &Image<FileSource>, manifest: &Manifest, keeps_stream: bool) -> u64 {
+fn work_of(image: &Image<AnyFile>, manifest: &Manifest, keeps_stream: bool) -> u64 {
     match keeps_stream {
         true => image.stream_len(),
         false => manifest
@@ -256,7 +256,7 @@ fn work_of(image: &Image<FileSource>, manifest: &Manifest, keeps_stream: bool) -
 
 /// The sections about a stream that is the same.
 fn append_kept(
-    image: &Image<FileSource>,
+    image: &Image<AnyFile>,
     manifest_json: &[u8],
     target: &mut ImageWriter<'_>,
 ) -> Result<()> {

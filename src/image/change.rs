@@ -8,7 +8,7 @@ use crate::container::{Edit, Image, SectionType, Signature, sign_payload};
 use crate::error::{Blame, ErrorKind, Result};
 use crate::host::keys::SigningKey;
 use crate::image::Trust;
-use crate::store::{FileAppender, FileSource};
+use crate::store::{AnyFile, FileAppender};
 
 /// Why an image was not changed.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +66,7 @@ pub fn change(
     };
     let copy = || appender.file().try_clone().map_err(failed);
     let (copy, file) = (copy()?, copy()?);
-    let image = Image::open(FileSource::from(copy))?;
+    let image = Image::open(AnyFile::from(copy))?;
     if seen.is_some_and(|seen| seen != image.statement()) {
         let path = path.to_owned();
         return Err(ChangeError::ChangedMeanwhile { path }.into());
@@ -81,7 +81,7 @@ pub fn change(
 }
 
 fn append(
-    image: &Image<FileSource>,
+    image: &Image<AnyFile>,
     appender: &mut FileAppender,
     write: impl FnOnce(&mut Edit<'_>) -> Result<()>,
 ) -> Result<Changed> {

@@ -10,7 +10,7 @@ use crate::bytes::ReadAt;
 use crate::container::layout::{FRAME_MAGIC, SECTION_MAGIC};
 use crate::container::{ContainerError, Image, SectionType, TornTail};
 use crate::error::{Blame, Error, ErrorKind, Result};
-use crate::store::{FileSource, Location, spool};
+use crate::store::{AnyFile, FileSource, Location, spool};
 use crate::stream::{Event, Parser, StreamError, is_stream_start};
 
 /// Bytes read at a time where a file is searched.
@@ -47,7 +47,7 @@ impl Blame for ImageError {
 /// An image, ready to be read.
 #[derive(Debug)]
 pub struct OpenedImage {
-    image: Image<FileSource>,
+    image: Image<AnyFile>,
     location: Location,
     torn: Option<TornTail>,
     origin: Origin,
@@ -57,7 +57,7 @@ pub struct OpenedImage {
 impl OpenedImage {
     /// A file of others that can be read as an image; `problems` are its configuration's.
     pub(super) fn of_foreign(
-        image: Image<FileSource>,
+        image: Image<AnyFile>,
         location: Location,
         origin: Origin,
         problems: Vec<String>,
@@ -71,7 +71,7 @@ impl OpenedImage {
         }
     }
 
-    fn of_image(image: Image<FileSource>, location: &Location, torn: Option<TornTail>) -> Self {
+    fn of_image(image: Image<AnyFile>, location: &Location, torn: Option<TornTail>) -> Self {
         OpenedImage {
             image,
             location: location.clone(),
@@ -92,7 +92,7 @@ impl OpenedImage {
     }
 
     /// What can be read of it.
-    pub fn image(&self) -> &Image<FileSource> {
+    pub fn image(&self) -> &Image<AnyFile> {
         &self.image
     }
 
@@ -117,7 +117,11 @@ pub fn open(location: &Location) -> Result<OpenedImage> {
     match location {
         Location::Path(path) => open_source(FileSource::open(path)?, location),
         Location::Pipe => open_pipe(&mut io::stdin().lock()),
-        Location::Ssh(there) => Err(there.refused().into()),
+        Location::Ssh(there) => {
+            let source = AnyFile::open_far(there)?;
+            let image = Image::open(source)?;
+            Ok(OpenedImage::of_image(image, location, None))
+        }
     }
 }
 
@@ -131,7 +135,7 @@ pub fn open_pipe(pipe: &mut dyn Read) -> Result<OpenedImage> {
 
 pub(super) fn open_source(source: FileSource, location: &Location) -> Result<OpenedImage> {
     let copy = source.file().try_clone().map_err(ImageError::Read)?;
-    match Image::open(source) {
+    match Image::open(AnyFile::from(source)) {
         Ok(image) => Ok(OpenedImage::of_image(image, location, None)),
         Err(error) if may_be_torn(&error) => {
             let beginning = beginning(&copy)?;
@@ -156,7 +160,7 @@ fn may_be_torn(error: &ContainerError) -> bool {
 fn open_torn(file: File, location: &Location) -> Result<OpenedImage> {
     let source = FileSource::from(file);
     let payload_end = stream_end(&source)?;
-    let (image, torn) = Image::open_torn(source, payload_end)?;
+    let (image, torn) = Image::open_torn(AnyFile::from(source), payload_end)?;
     Ok(OpenedImage::of_image(image, location, Some(torn)))
 }
 

@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::host;
 use crate::image::{OpenedImage, Trust};
 use crate::pipeline::MappedImage;
+use crate::store::Location;
 
 /// The ways.
 #[derive(Debug, Clone, Serialize)]
@@ -85,7 +86,7 @@ fn against_lazy(opened: &OpenedImage, manifest: &Manifest) -> Result<Vec<String>
     if !sections.any(|entry| entry.is_live && entry.section == SectionType::PageMap) {
         reasons.push("the image has no page map".to_owned());
     }
-    if opened.location().path().is_none() {
+    if *opened.location() == Location::Pipe {
         reasons.push("it comes through a pipe".to_owned());
     }
     Ok(reasons)
@@ -102,6 +103,9 @@ fn against_map(
         return Ok(vec![format!("its layout is {}", image.layout())]);
     }
     let mut reasons = Vec::new();
+    if opened.location().path().is_none() {
+        reasons.push("it is no file of this host".to_owned());
+    }
     match qemu.map(|path| (host::qemu_version(&path), path)) {
         Ok((Ok(version), path)) => {
             let version = QemuVersion(version.major, version.minor, version.micro);

@@ -16,7 +16,7 @@ use crate::host::{HostError, ProcessId, ProcessMemory};
 use crate::pipeline::{self, PipedImage, PipelineError};
 use crate::progress::Progress;
 use crate::qmp::{MigrationStatus, QmpClient, RunState};
-use crate::store::FileSource;
+use crate::store::AnyFile;
 use crate::stream::is_stream_start;
 use crate::supervise::RunningGuest;
 
@@ -54,7 +54,7 @@ pub struct Given {
 pub fn load(
     qmp: &mut QmpClient,
     qemu: ProcessId,
-    image: &Image<FileSource>,
+    image: &Image<AnyFile>,
     page_map: Option<&PageMap>,
     threads: usize,
     progress: &dyn Progress,

@@ -17,7 +17,7 @@ use crate::image::OpenedImage;
 use crate::pipeline::{self, MappedImage, PipelineError};
 use crate::progress::Progress;
 use crate::qmp::QmpClient;
-use crate::store::{FileSource, StoreError};
+use crate::store::{AnyFile, Location, StoreError};
 use crate::supervise::{self, Damage, RunningGuest, Verification, WaitingVerifier};
 
 /// Whether and when all of an image is verified from which memory is mapped.
@@ -61,8 +61,10 @@ impl Mapping {
     /// it; what is wrong with it.
     pub fn of(opened: &OpenedImage, verify: Verify, program: PathBuf) -> Result<Self> {
         let image = opened.image();
-        let Some(path) = opened.location().path() else {
-            return Err(RestoreError::MappedPipe.into());
+        let path = match opened.location() {
+            Location::Path(path) => path,
+            Location::Pipe => return Err(RestoreError::MappedPipe.into()),
+            Location::Ssh(there) => return Err(there.refused().into()),
         };
         if image.layout() != Layout::Mapped {
             let layout = image.layout().to_string();
@@ -102,7 +104,11 @@ pub fn keep_open(opened: &OpenedImage) -> Result<File> {
     if let Some(path) = opened.location().path() {
         opened.image().reader().lock_shared(path)?;
     }
-    let file = opened.image().reader().file().try_clone();
+    let far = || StoreError::FarAway {
+        there: opened.location().to_string(),
+    };
+    let file = opened.image().reader().local().ok_or_else(far)?;
+    let file = file.file().try_clone();
     Ok(file.map_err(|source| StoreError::File {
         act: "keep open",
         path: opened.location().to_string().into(),
@@ -114,11 +120,7 @@ pub fn keep_open(opened: &OpenedImage) -> Result<File> {
 ///
 /// # Errors
 /// The first thing that is wrong with it.
-pub fn verify_all(
-    image: &Image<FileSource>,
-    threads: usize,
-    progress: &dyn Progress,
-) -> Result<()> {
+pub fn verify_all(image: &Image<AnyFile>, threads: usize, progress: &dyn Progress) -> Result<()> {
     progress.begin("verifying", Some(image.stream_len()));
     image.verify_sections()?;
     let checked = pipeline::check(image, threads, progress)?;
@@ -133,7 +135,7 @@ pub fn verify_all(
 /// Feeds QEMU the stream without the pages of the RAMBlocks that it has mapped.
 pub fn load(
     qmp: &mut QmpClient,
-    image: &Image<FileSource>,
+    image: &Image<AnyFile>,
     mapped_blocks: &[String],
     progress: &dyn Progress,
 ) -> Result<Given> {
@@ -163,7 +165,7 @@ pub fn run_verifier(dir: &Path, process: ProcessId, image: i32) -> ExitCode {
     let Ok(image) = verification.image.try_clone() else {
         return ExitCode::FAILURE;
     };
-    let verified = match Image::open(FileSource::from(image)) {
+    let verified = match Image::open(AnyFile::from(image)) {
         Ok(image) => verify_behind(&image, process),
         Err(error) => Err((error.into(), None)),
     };
@@ -190,7 +192,7 @@ fn is_cancelled(error: &Error) -> bool {
 
 /// Gives the first thing that is wrong, with the guest memory that it is about.
 fn verify_behind(
-    image: &Image<FileSource>,
+    image: &Image<AnyFile>,
     process: ProcessId,
 ) -> Result<(), (Error, Option<String>)> {
     let pages = |error: &PipelineError| match error {

@@ -189,8 +189,12 @@ fn restore_lazily(
     request: &LazyRequest,
     progress: &dyn Progress,
 ) -> Result<(RestoreReport, RunningGuest)> {
-    if image.location().path().is_none() {
+    if *image.location() == Location::Pipe {
         return Err(piped_and_lazy(plan));
+    }
+    if let (Location::Ssh(there), true) = (image.location(), request.options.records) {
+        // What is asked for is kept in the image itself.
+        return Err(there.refused().into());
     }
     let guest = plan.name().to_owned();
     let xml = image.image().xml()?;

@@ -4,6 +4,7 @@
 //! directory and takes the good name only when it is published; a [`PipeSink`] writes to a descriptor and keeps
 //! the end back until then.
 
+mod any_file;
 mod append;
 mod file;
 mod location;
@@ -12,6 +13,7 @@ mod pipe;
 pub mod remote;
 mod surroundings;
 
+pub use any_file::AnyFile;
 pub use append::FileAppender;
 pub use file::{FileIdentity, FileSink, FileSource, check_target, open_to_change, temporary_name};
 pub use location::{Location, SshLocation};

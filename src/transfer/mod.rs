@@ -16,7 +16,6 @@ pub use receive::{CopyReport, ReceiveRequest, receive};
 pub use serve::serve;
 
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::bytes::ReadAt;
@@ -24,8 +23,8 @@ use crate::container::Image;
 use crate::error::{Error, Result};
 use crate::pipeline::PipelineError;
 use crate::progress::Progress;
-use crate::store::remote::{Asker, Peer, RemoteError, RemoteFile};
-use crate::store::{FileSource, Location, SshLocation, spool};
+use crate::store::remote::{Peer, RemoteError};
+use crate::store::{AnyFile, FileSource, Location, SshLocation, spool};
 
 /// How often a connection that was lost is made again before any more of the image arrived.
 const TRIES: u32 = 5;
@@ -94,7 +93,7 @@ impl Failures {
 }
 
 fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyReport> {
-    let source = Source::open(&request.source)?;
+    let source = open(&request.source)?;
     let outcome = match &request.target {
         Location::Pipe => Err(TransferError::NoName.into()),
         Location::Path(path) => {
@@ -102,13 +101,13 @@ fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyRepor
                 target: path.clone(),
                 may_replace: request.may_replace,
                 bytes_per_second: request.bytes_per_second,
-                is_far: matches!(source, Source::Remote(_)),
+                is_far: matches!(source, AnyFile::Remote(_)),
             };
             receive(&source, &request, progress)
         }
         Location::Ssh(there) => give(&source, there, request, progress),
     };
-    let report = outcome.map_err(|error| source.better(error))?;
+    let report = outcome.map_err(|error| source.failure().map_or(error, Error::from))?;
     Ok(CopyReport {
         source: request.source.to_string(),
         target: request.target.to_string(),
@@ -118,7 +117,7 @@ fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyRepor
 
 /// Has the program on another host make a copy, and lets it read the image.
 fn give(
-    source: &Source,
+    source: &AnyFile,
     there: &SshLocation,
     request: &CopyRequest,
     progress: &dyn Progress,
@@ -152,58 +151,17 @@ fn give(
 }
 
 /// The image that is copied.
-enum Source {
-    File(FileSource),
-    Remote(RemoteFile),
-}
-
-impl Source {
-    fn open(location: &Location) -> Result<Self> {
-        Ok(match location {
-            Location::Path(path) => {
-                let file = FileSource::open(path)?;
-                file.lock_shared(path)?;
-                Source::File(file)
-            }
-            Location::Pipe => {
-                let mut stdin = io::stdin().lock();
-                Source::File(spool(&mut stdin, &std::env::temp_dir())?)
-            }
-            Location::Ssh(there) => {
-                let asker = Arc::new(Asker::new(Arc::new(Peer::connect(there)?)));
-                Source::Remote(RemoteFile::open(asker, &there.path)?)
-            }
-        })
-    }
-
-    /// The connection's own error, if it is what made this one.
-    fn better(&self, error: Error) -> Error {
-        match self {
-            Source::Remote(file) => file.asker().failure().map_or(error, Error::from),
-            Source::File(_) => error,
+fn open(location: &Location) -> Result<AnyFile> {
+    Ok(match location {
+        Location::Path(path) => {
+            let file = FileSource::open(path)?;
+            file.lock_shared(path)?;
+            AnyFile::File(file)
         }
-    }
-}
-
-impl ReadAt for Source {
-    fn len(&self) -> u64 {
-        match self {
-            Source::File(file) => file.len(),
-            Source::Remote(file) => file.len(),
+        Location::Pipe => {
+            let mut stdin = io::stdin().lock();
+            AnyFile::File(spool(&mut stdin, &std::env::temp_dir())?)
         }
-    }
-
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        match self {
-            Source::File(file) => file.read_exact_at(buf, offset),
-            Source::Remote(file) => file.read_exact_at(buf, offset),
-        }
-    }
-
-    fn next_data(&self, offset: u64) -> io::Result<u64> {
-        match self {
-            Source::File(file) => file.next_data(offset),
-            Source::Remote(file) => file.next_data(offset),
-        }
-    }
+        Location::Ssh(there) => AnyFile::open_far(there)?,
+    })
 }

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::image::open::{ImageError, OpenedImage, open, open_pipe};
 use crate::pipeline::{self, Encoded, Encoding, FoundMapped, PipelineError};
 use crate::progress::Progress;
-use crate::store::{FileSource, Location, Surroundings, spool};
+use crate::store::{AnyFile, FileSource, Location, Surroundings, spool};
 
 /// zstd's level for what is kept for the time being.
 const TEMPORARY_LEVEL: i32 = 1;
@@ -57,7 +57,7 @@ pub enum Found {
 /// As [`open_any`].
 pub fn find(location: &Location) -> Result<Found> {
     let (file, image) = match location {
-        Location::Ssh(there) => return Err(there.refused().into()),
+        Location::Ssh(_) => return Ok(Found::Image(Box::new(open(location)?))),
         Location::Path(path) => {
             let source = FileSource::open(path)?;
             let mut beginning = [0; 16];
@@ -212,7 +212,7 @@ impl About {
 }
 
 /// An image of a file of others, and what is to be said of its configuration.
-type Opened = (Image<FileSource>, Vec<String>);
+type Opened = (Image<AnyFile>, Vec<String>);
 
 /// A stream as it lies in its file.
 fn adopt_stream(foreign: ForeignFile, about: &About, progress: &dyn Progress) -> Result<Opened> {
@@ -242,7 +242,7 @@ fn adopt_stream(foreign: ForeignFile, about: &About, progress: &dyn Progress) ->
         behind: tail.kept,
     };
     let source = FileSource::with_surroundings(file, surroundings);
-    Ok((Image::open(source)?, problems))
+    Ok((Image::open(AnyFile::from(source))?, problems))
 }
 
 /// A stream of the mapped-ram layout as it lies in its file.
@@ -280,7 +280,7 @@ fn adopt_mapped(foreign: ForeignFile, about: &About, progress: &dyn Progress) ->
     progress.end();
     surroundings.behind = tail.kept;
     let source = FileSource::with_surroundings(file, surroundings);
-    Ok((Image::open(source)?, problems))
+    Ok((Image::open(AnyFile::from(source))?, problems))
 }
 
 /// A stream that cannot be read where it lies, in a temporary file.
@@ -307,7 +307,7 @@ fn store(foreign: ForeignFile, about: &About, progress: &dyn Progress) -> Result
     )?;
     progress.end();
     sink.0.flush().map_err(ForeignError::Temporary)?;
-    Ok((Image::open(FileSource::from(file))?, problems))
+    Ok((Image::open(AnyFile::from(file))?, problems))
 }
 
 /// What is wrong with a stream is told as such.

@@ -39,6 +39,7 @@ use crate::host::GuestDir;
 use crate::image::OpenedImage;
 use crate::progress::Progress;
 use crate::qmp::{QmpClient, QmpError, RunState};
+use crate::store::Location;
 use crate::supervise::{
     self, Phase, RunningGuest, Said, Serving, SideProcess, SuperviseError, start_side_process,
 };
@@ -115,10 +116,13 @@ fn task(
         used_length: block.used_length,
         address: None,
     };
-    let path = opened.location().path();
-    let path = path.map(std::path::absolute).ok_or(ServeError::NoTask)?;
+    let location = match opened.location() {
+        Location::Path(path) => std::path::absolute(path).map_err(ServeError::Socket)?,
+        Location::Ssh(there) => PathBuf::from(there.to_string()),
+        Location::Pipe => return Err(ServeError::NoTask.into()),
+    };
     Ok(Task {
-        image: path.map_err(ServeError::Socket)?,
+        image: location,
         image_uuid: image.identity().image_uuid,
         image_digest: image.image_digest().to_string(),
         qemu: guest.description().process,

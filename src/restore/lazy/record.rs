@@ -4,12 +4,12 @@ use super::desk::Slot;
 use crate::container::{ChunkPages, Image, SectionType, working_set_payload};
 use crate::error::Result;
 use crate::image::{self, OpenedImage};
-use crate::store::FileSource;
+use crate::store::AnyFile;
 use crate::units::ChunkIndex;
 
 /// What an earlier restore recorded, as places among the chunks that hold pages. A record that cannot be read is as good
 /// as none: it only says what to do first.
-pub fn recorded(image: &Image<FileSource>, pages: &ChunkPages<'_>) -> Vec<Slot> {
+pub fn recorded(image: &Image<AnyFile>, pages: &ChunkPages<'_>) -> Vec<Slot> {
     let chunks = image.working_set().unwrap_or_default();
     let slots = chunks
         .iter()

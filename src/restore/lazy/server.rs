@@ -32,7 +32,7 @@ use crate::error::{Error, Result};
 use crate::host::{GuestDir, ProcessId};
 use crate::image::{self, OpenedImage};
 use crate::pipeline::{ChunkTable, device_sections};
-use crate::store::{FileSource, Location};
+use crate::store::AnyFile;
 use crate::stream::postcopy::{self, LOADED, Message, ReturnPath};
 use crate::stream::writer::unused_section;
 use crate::supervise::{self, Damage, Phase, Serving};
@@ -81,7 +81,7 @@ fn stdin_socket() -> Result<OwnedFd> {
 
 /// The image that the task names, if it still is that one.
 fn open_image(task: &Task) -> Result<OpenedImage> {
-    let opened = image::open(&Location::Path(task.image.clone()))?;
+    let opened = image::open(&task.location())?;
     let (uuid, digest) = (
         opened.image().identity().image_uuid,
         opened.image().image_digest(),
@@ -224,7 +224,7 @@ impl<'a> Listener<'a> {
 struct Server<'a> {
     dir: &'a GuestDir,
     task: &'a Task,
-    image: &'a Image<FileSource>,
+    image: &'a Image<AnyFile>,
     page_map: &'a PageMap,
     pages: &'a ChunkPages<'a>,
     desk: &'a Desk,

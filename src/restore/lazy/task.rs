@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::error::Result;
 use crate::host::{GuestDir, ProcessId};
+use crate::store::Location;
 use crate::stream::RamBlock;
 use crate::supervise::SuperviseError;
 use crate::units::PAGE_LEN;
@@ -17,7 +18,7 @@ use crate::units::PAGE_LEN;
 /// How a guest gets its memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
-    /// The image's file.
+    /// The image's file, or its location on another host.
     pub image: PathBuf,
     /// Which image it has to be.
     pub image_uuid: Uuid,
@@ -94,6 +95,13 @@ impl Task {
         });
         written.map_err(|source| failed("write", path, source))?;
         Ok(())
+    }
+
+    /// Where the image is.
+    pub fn location(&self) -> Location {
+        let far = self.image.to_str().and_then(|text| text.parse().ok());
+        let far = far.filter(|location| matches!(location, Location::Ssh(_)));
+        far.unwrap_or_else(|| Location::Path(self.image.clone()))
     }
 
     /// The RAMBlocks as a stream lists them.

@@ -12,7 +12,7 @@ use super::received::Received;
 use crate::container::{ChunkPages, PlacedPage};
 use crate::error::Error;
 use crate::pipeline::{ChunkTable, Fetcher, MOST_AT_ONCE, PipelineError};
-use crate::store::FileSource;
+use crate::store::AnyFile;
 use crate::units::PAGE_LEN;
 
 /// How much less of a claim to the processor: the guest's own threads come first.
@@ -24,7 +24,7 @@ const NAP: Duration = Duration::from_millis(50);
 /// What all workers share.
 #[derive(Clone, Copy)]
 pub struct Worker<'a> {
-    pub table: &'a ChunkTable<'a, FileSource>,
+    pub table: &'a ChunkTable<'a, AnyFile>,
     pub pages: &'a ChunkPages<'a>,
     pub desk: &'a Desk,
     pub giver: &'a Giver<'a>,
