@@ -299,18 +299,8 @@ impl Subject for StoppedGuest {
         SaveError::NotSaved { guest, left, why }.into()
     }
 
-    /// The rename comes next.
-    ///
-    /// # Errors
-    /// The guardian is gone: then nobody would finish or undo the save if we were killed now.
-    fn committing(&mut self) -> Result<()> {
-        Ok(self.guardian.committing()?)
-    }
-
-    /// The image has its name: from here on there is no way back.
-    fn published(&mut self) {
-        // A guardian that is gone changes nothing any more.
-        let _ = self.guardian.published();
+    fn guardian(&mut self) -> &mut Guardian {
+        &mut self.guardian
     }
 
     /// Leaves the guest stopped, since its image may be whole; somebody may let it run on, so it gets its settings back.

@@ -239,12 +239,8 @@ impl Subject for LiveGuest {
         SaveError::NotSaved { guest, left, why }.into()
     }
 
-    fn committing(&mut self) -> Result<()> {
-        Ok(self.guardian.committing()?)
-    }
-
-    fn published(&mut self) {
-        let _ = self.guardian.published();
+    fn guardian(&mut self) -> &mut Guardian {
+        &mut self.guardian
     }
 
     fn leave(mut self, source: io::Error) -> Error {

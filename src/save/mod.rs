@@ -46,6 +46,7 @@ use crate::host::keys::SigningKey;
 use crate::pipeline::{self, Encoded, Encoding};
 use crate::progress::Progress;
 use crate::store::{Location, PipeSink};
+use crate::supervise::Guardian;
 pub use crate::supervise::Then;
 use describe::Description;
 use guest::GuardedGuest;
@@ -160,14 +161,22 @@ trait Subject: Sized {
     /// Puts the guest back as it was and wraps `why` into the news of how it was left.
     fn put_back(self, why: Error) -> Error;
 
+    /// Who finishes or undoes the save if we are killed.
+    fn guardian(&mut self) -> &mut Guardian;
+
     /// The rename comes next.
     ///
     /// # Errors
     /// The guardian is gone: then nobody would finish or undo the save if we were killed now.
-    fn committing(&mut self) -> Result<()>;
+    fn committing(&mut self) -> Result<()> {
+        Ok(self.guardian().committing()?)
+    }
 
     /// The image has its name: from here on there is no way back.
-    fn published(&mut self);
+    fn published(&mut self) {
+        // A guardian that is gone changes nothing any more.
+        let _ = self.guardian().published();
+    }
 
     /// Leaves the guest as it is, since its image may be whole.
     fn leave(self, source: io::Error) -> Error;

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::error::SuperviseError;
-use super::launch::leave_session;
+use super::launch::spawn_detached;
 use crate::qmp::SavedSettings;
 
 /// The hidden subcommand that makes the program a guardian.
@@ -152,11 +152,7 @@ impl Guardian {
         command.arg(SUBCOMMAND);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         // From its first moment on: a Ctrl-C that ends the saver must not reach it.
-        leave_session(&mut command, stream.into_iter().collect());
-        let mut child = command.spawn().map_err(|source| SuperviseError::Spawn {
-            program: program.to_owned(),
-            source,
-        })?;
+        let mut child = spawn_detached(&mut command, stream.into_iter().collect())?;
         let words = child.stdin.take();
         let answers = child.stdout.take();
         let mut guardian = Guardian {

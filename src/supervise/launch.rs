@@ -110,11 +110,7 @@ fn start(request: Launch) -> Result<RunningGuest, SuperviseError> {
     command.args(arguments).current_dir(&request.cwd);
     command.envs(request.environment);
     command.stdin(Stdio::null()).stdout(log).stderr(errors);
-    leave_session(&mut command, request.inherit);
-    let child = command.spawn().map_err(|source| SuperviseError::Spawn {
-        program: program.into(),
-        source,
-    })?;
+    let child = spawn_detached(&mut command, request.inherit)?;
     let mut guest = RunningGuest {
         description: GuestDescription {
             name: request.dir.name().to_owned(),
@@ -141,8 +137,23 @@ fn this_program() -> Result<PathBuf, SuperviseError> {
     std::env::current_exe().map_err(failed("find", Path::new("/proc/self/exe")))
 }
 
+/// Starts a program in a session of its own, with descriptors that it inherits under the numbers they have here.
+///
+/// # Errors
+/// [`SuperviseError::Spawn`].
+pub(super) fn spawn_detached(
+    command: &mut Command,
+    inherit: Vec<OwnedFd>,
+) -> Result<Child, SuperviseError> {
+    leave_session(command, inherit);
+    command.spawn().map_err(|source| SuperviseError::Spawn {
+        program: command.get_program().into(),
+        source,
+    })
+}
+
 /// Makes the child the leader of its own session, out of reach of our terminal, and keeps descriptors open for it.
-pub(super) fn leave_session(command: &mut Command, inherit: Vec<OwnedFd>) {
+fn leave_session(command: &mut Command, inherit: Vec<OwnedFd>) {
     let prepare = move || {
         setsid()?;
         for fd in &inherit {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::SuperviseError;
 use super::guard;
-use super::launch::leave_session;
+use super::launch::spawn_detached;
 use crate::error::{Error, ErrorKind};
 use crate::host::GuestDir;
 
@@ -71,11 +71,7 @@ pub fn start(
     command.stdout(Stdio::piped());
     command.stdin(stdin.map_or(Stdio::null(), Stdio::from));
     command.stderr(Stdio::null());
-    leave_session(&mut command, Vec::new());
-    let mut child = command.spawn().map_err(|source| SuperviseError::Spawn {
-        program: program.to_owned(),
-        source,
-    })?;
+    let mut child = spawn_detached(&mut command, Vec::new())?;
     let words = child.stdout.take();
     Ok(SideProcess {
         child,

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
 
 use super::error::SuperviseError;
-use super::launch::{failed, leave_session, write_whole};
+use super::launch::{failed, spawn_detached, write_whole};
 use crate::host::{GuestDir, ProcessId, RuntimeDir};
 
 /// The subcommand of this program that verifies.
@@ -56,11 +56,7 @@ pub fn start_verifier(
         .stdout(Stdio::null())
         .stderr(log);
     command.current_dir("/");
-    leave_session(&mut command, vec![OwnedFd::from(image)]);
-    let mut child = command.spawn().map_err(|source| SuperviseError::Spawn {
-        program: program.to_owned(),
-        source,
-    })?;
+    let mut child = spawn_detached(&mut command, vec![OwnedFd::from(image)])?;
     Ok(WaitingVerifier {
         _until: child.stdin.take(),
     })
