@@ -248,6 +248,9 @@ impl Human {
         if changed > shown {
             self.line(1, &format!("… {} more devices", changed - shown));
         }
+        if devices.changed.iter().any(|device| !device.is_described) {
+            self.line(1, "(with --ask-qemu QEMU describes what is not described)");
+        }
     }
 
     fn device(&mut self, device: &ChangedDevice) {
