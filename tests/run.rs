@@ -13,63 +13,13 @@ use std::process::{Command, Stdio};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{
-    Adopted, PATIENCE, Process, Qemu, Restored, Serial, TestDir, linux_initrd, linux_kernel,
-    testdata, wait_until,
+    Adopted, PATIENCE, Process, Qemu, Restored, Serial, TestDir, counter_xml, linux_initrd,
+    linux_kernel, serial_into, wait_until,
 };
 
-/// The counter guest, which boots from `DIR/web.img`, with the serial port `serial` and more devices.
-fn counter_xml(dir: &TestDir, serial: &str, devices: &str) -> String {
-    let disk = dir.join("web.img");
-    if !disk.exists() {
-        std::fs::copy(testdata("guests/counter.img"), &disk).unwrap();
-    }
-    format!(
-        "<domain type='qemu'>
-  <name>web</name>
-  <memory unit='MiB'>64</memory>
-  <vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='pc'>hvm</type></os>
-  <features><acpi/></features>
-  <devices>
-    <emulator>{}</emulator>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='raw'/>
-      <source file='{}'/>
-      <target dev='vda' bus='virtio'/>
-    </disk>
-    {serial}
-    {devices}
-    <memballoon model='none'/>
-  </devices>
-</domain>
-",
-        Qemu::V10.program().display(),
-        disk.display()
-    )
-}
-
-/// A serial port into `DIR/NAME`.
-fn into_file(dir: &TestDir, name: &str) -> String {
-    let path = dir.join(name);
-    format!(
-        "<serial type='file'><source path='{}' append='on'/></serial>",
-        path.display()
-    )
-}
+const NIC: &str = "<interface type='user'><model type='virtio'/></interface>";
 
 const TPM: &str = "<tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm>";
-
-fn write(dir: &TestDir, name: &str, xml: &str) {
-    std::fs::write(dir.join(name), xml).unwrap();
-}
-
-/// Runs `vmstow run`, which must succeed and leave a guest.
-#[track_caller]
-fn run(dir: &TestDir, arguments: &[&str]) -> Restored {
-    let mut words = vec!["run"];
-    words.extend(arguments);
-    Restored::of(dir.json(&words))
-}
 
 /// The processes of that program that know the directory.
 fn programs(dir: &TestDir, name: &str) -> Vec<Process> {
@@ -97,12 +47,11 @@ fn guests(dir: &TestDir) -> Vec<String> {
 #[test]
 fn a_guest_is_run_listed_saved_by_its_name_and_stopped() {
     let dir = TestDir::new();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
-        &counter_xml(&dir, &into_file(&dir, "serial"), ""),
+        &counter_xml(&dir, &serial_into(&dir, "serial"), ""),
     );
-    let guest = run(&dir, &["web.xml"]);
+    let guest = dir.run(&["web.xml"]);
     assert_eq!(
         (guest.name(), &guest.report["state"]),
         ("web", &json!("running"))
@@ -126,12 +75,7 @@ fn a_guest_is_run_listed_saved_by_its_name_and_stopped() {
     dir.json(&["save", "web", "web.stow"]);
     guest.qemu.wait_for_exit();
     let before = serial.mark();
-    let xml = dir
-        .vmstow()
-        .args(["inspect", "web.stow", "--xml"])
-        .assert()
-        .success();
-    let xml = String::from_utf8(xml.get_output().stdout.clone()).unwrap();
+    let xml = dir.xml_in("web.stow");
     assert!(xml.contains("<target dev='vda' bus='virtio'/>"), "{xml}");
     let restored = dir.restore(&["web.stow"]);
     serial.assert_goes_on(&before);
@@ -146,17 +90,16 @@ fn a_guest_is_run_listed_saved_by_its_name_and_stopped() {
 #[test]
 fn the_xml_in_an_image_starts_a_guest_afresh() {
     let dir = TestDir::new();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
-        &counter_xml(&dir, &into_file(&dir, "serial"), ""),
+        &counter_xml(&dir, &serial_into(&dir, "serial"), ""),
     );
-    let guest = run(&dir, &["web.xml"]);
+    let guest = dir.run(&["web.xml"]);
     Serial::at(dir.join("serial")).wait_for_tick(3);
     dir.json(&["save", "web", "web.stow"]);
     guest.qemu.wait_for_exit();
     std::fs::remove_file(dir.join("serial")).unwrap();
-    let again = run(&dir, &["web.stow", "--name", "again", "--paused"]);
+    let again = dir.run(&["web.stow", "--name", "again", "--paused"]);
     assert_eq!(
         (again.name(), &again.report["state"]),
         ("again", &json!("paused"))
@@ -171,10 +114,9 @@ fn the_xml_in_an_image_starts_a_guest_afresh() {
 #[test]
 fn resources_are_remapped() {
     let dir = TestDir::new();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
-        &counter_xml(&dir, &into_file(&dir, "serial"), ""),
+        &counter_xml(&dir, &serial_into(&dir, "serial"), ""),
     );
     let moved = dir.join("moved.img").display().to_string();
     std::fs::rename(dir.join("web.img"), &moved).unwrap();
@@ -182,7 +124,7 @@ fn resources_are_remapped() {
     let remap = format!("disk:{}={}", from.display(), to.display());
     let other = dir.join("other").display().to_string();
     let chardev = format!("chardev:*=file:{other}");
-    let guest = run(&dir, &["web.xml", "--remap", &remap, "--remap", &chardev]);
+    let guest = dir.run(&["web.xml", "--remap", &remap, "--remap", &chardev]);
     Serial::at(&other).wait_for_tick(2);
     drop(guest);
 }
@@ -192,9 +134,9 @@ fn resources_are_remapped() {
 #[test]
 fn a_start_that_fails_quotes_qemu_and_leaves_nothing() {
     let dir = TestDir::new();
-    let xml = counter_xml(&dir, &into_file(&dir, "serial"), TPM);
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), TPM);
     std::fs::remove_file(dir.join("web.img")).unwrap();
-    write(&dir, "web.xml", &xml);
+    dir.write("web.xml", &xml);
     let said = dir.refused(4, &["run", "web.xml"]);
     assert!(
         said.contains("web.img") && said.contains("No such file"),
@@ -217,15 +159,14 @@ fn a_missing_emulator_is_named() {
     let dir = TestDir::new();
     let xml = counter_xml(&dir, "", "");
     let emulator = Qemu::V10.program().display().to_string();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
         &xml.replace(&emulator, "/nonexistent/qemu-system-x86_64"),
     );
     let said = dir.refused(4, &["run", "web.xml", "--qemu", "/nonexistent/qemu"]);
     assert!(said.contains("/nonexistent/qemu"), "{said}");
     // One that the XML names and that is not here is another host's: the one in PATH does as well.
-    let guest = run(&dir, &["web.xml", "--paused"]);
+    let guest = dir.run(&["web.xml", "--paused"]);
     dir.json(&["stop", guest.name()]);
 }
 
@@ -244,7 +185,7 @@ fn xml_that_cannot_be_read_is_refused() {
             "<!DOCTYPE domain [<!ENTITY a 'b'>]>\n<domain type='qemu'><name>&a;</name></domain>",
         ),
     ] {
-        write(&dir, name, xml);
+        dir.write(name, xml);
         let said = dir.refused(2, &["run", name]);
         assert!(said.contains("XML"), "{name}: {said}");
     }
@@ -262,7 +203,7 @@ fn all_that_is_not_supported_is_told_at_once_with_its_lines() {
         let line = xml.lines().position(|line| line.contains(text)).unwrap() + 1;
         format!("line {line}")
     };
-    write(&dir, "web.xml", &xml);
+    dir.write("web.xml", &xml);
     for command in [
         &["run", "web.xml"][..],
         &["run", "web.xml", "--print-command"],
@@ -280,20 +221,19 @@ fn all_that_is_not_supported_is_told_at_once_with_its_lines() {
 #[test]
 fn arguments_of_its_own_need_trust() {
     let dir = TestDir::new();
-    let xml = counter_xml(&dir, &into_file(&dir, "serial"), "");
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), "");
     let xml = xml.replace(
         "<domain type='qemu'>",
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>",
     );
     let own = "<qemu:commandline><qemu:arg value='-fw_cfg'/><qemu:arg value='name=opt/x,string=y'/></qemu:commandline>";
-    write(
-        &dir,
+    dir.write(
         "web.xml",
         &xml.replace("</domain>", &format!("{own}</domain>")),
     );
     let said = dir.refused(6, &["run", "web.xml"]);
     assert!(said.contains("--trust"), "{said}");
-    let guest = run(&dir, &["web.xml", "--trust"]);
+    let guest = dir.run(&["web.xml", "--trust"]);
     assert_eq!(guest.qemu.argument("-fw_cfg"), Some("name=opt/x,string=y"));
     dir.json(&["stop", "web"]);
 }
@@ -301,10 +241,9 @@ fn arguments_of_its_own_need_trust() {
 #[test]
 fn what_the_user_always_wants_holds_for_guests_from_xml_too() {
     let dir = TestDir::new();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
-        &counter_xml(&dir, &into_file(&dir, "serial"), ""),
+        &counter_xml(&dir, &serial_into(&dir, "serial"), ""),
     );
     std::fs::create_dir_all(dir.join("config/vmstow")).unwrap();
     let here = dir.path().display();
@@ -338,20 +277,19 @@ fn what_the_user_always_wants_holds_for_guests_from_xml_too() {
 #[test]
 fn printing_the_command_needs_and_makes_nothing() {
     let dir = TestDir::new();
-    let xml = counter_xml(&dir, &into_file(&dir, "no/serial"), TPM);
+    let xml = counter_xml(&dir, &serial_into(&dir, "no/serial"), TPM);
     let xml = xml.replace(
         &Qemu::V10.program().display().to_string(),
         "/no/qemu-system-x86_64",
     );
     let xml = xml.replace("machine='pc'", "machine='pc-q35-10.0'");
     let os = "<loader readonly='yes' type='pflash'>/no/code.fd</loader><nvram template='/no/vars.fd'>/no/web.fd</nvram></os>";
-    write(&dir, "web.xml", &xml.replace("</os>", os));
+    dir.write("web.xml", &xml.replace("</os>", os));
     std::fs::remove_file(dir.join("web.img")).unwrap();
     // What a CPU is cannot be asked for either.
     let cpu = |xml: String| xml.replace("<features>", "<cpu mode='host-passthrough'/><features>");
     let text = std::fs::read_to_string(dir.join("web.xml")).unwrap();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
         &cpu(text).replace("type='qemu'>\n  <name>", "type='kvm'>\n  <name>"),
     );
@@ -475,12 +413,11 @@ fn linux_xml(serial: &str, memory_mib: u32, os: &str, devices: &str) -> String {
 #[test]
 fn the_console_of_a_pseudo_terminal_talks_both_ways_and_puts_the_terminal_back() {
     let dir = TestDir::new();
-    write(
-        &dir,
+    dir.write(
         "linux.xml",
-        &linux_xml("<serial type='pty'/>", 256, "", ""),
+        &linux_xml("<serial type='pty'/>", 256, "", NIC),
     );
-    let guest = run(&dir, &["linux.xml"]);
+    let guest = dir.run(&["linux.xml"]);
     let command = format!("stty -g; {} console linux; echo end $?; stty -g", vmstow());
     let mut terminal = Terminal::run(&dir, &command);
     terminal.wait_for("a tick", |text| text.contains("\ntick 3"));
@@ -499,7 +436,92 @@ fn the_console_of_a_pseudo_terminal_talks_both_ways_and_puts_the_terminal_back()
     assert_eq!(settings.len(), 2, "{text}");
     assert_eq!(settings[0], settings[1], "{text}");
     assert!(guest.qemu.state().is_some());
+    drop(terminal);
+
+    // It goes on behind a restore, in another terminal, and on another network.
+    dir.json(&["save", "linux", "linux.stow"]);
+    guest.qemu.wait_for_exit();
+    let mut command = dir.vmstow();
+    let output = command
+        .args([
+            "--json",
+            "restore",
+            "linux.stow",
+            "--remap",
+            "net:net0=passt",
+        ])
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!said.contains("was a terminal"), "{said}");
+    let restored = Restored::of(serde_json::from_slice(&output.stdout).unwrap());
+    // It may be a build for this processor, under another name.
+    let mut all = dir.processes();
+    all.retain(|it| {
+        it.argv()
+            .first()
+            .is_some_and(|name| name.ends_with("passt"))
+    });
+    assert_eq!(all.len(), 1, "{:#?}", dir.processes());
+    let networks = json!({ "command-line": "info network" });
+    let networks = restored.qmp().command("human-monitor-command", networks);
+    let networks = networks.to_string();
+    assert!(
+        networks.contains("type=stream") && !networks.contains("slirp"),
+        "{networks}"
+    );
+    let mut terminal = Terminal::run(&dir, &format!("{} console linux", vmstow()));
+    terminal.wait_for("a tick", |text| text.contains("\ntick "));
+    terminal.types(b"sum\n");
+    terminal.wait_for("a sum", |text| text.contains("\nsum "));
+    let log = std::fs::read_to_string(dir.join("run/linux/serial0.log")).unwrap();
+    assert!(log.contains("\nsum "), "{log}");
     dir.json(&["stop", "linux"]);
+    restored.qemu.wait_for_exit();
+    drop(terminal);
+    wait_until_nothing_runs(&dir);
+}
+
+/// Other devices than those of today's guests, as old a QEMU as is tested.
+#[test]
+fn qemu_7_2_runs_a_guest_from_xml_and_takes_it_back() {
+    let dir = TestDir::new();
+    let devices = "<controller type='scsi' index='0' model='virtio-scsi'/>
+    <disk type='file' device='cdrom'><target dev='sda' bus='scsi'/><readonly/></disk>
+    <controller type='usb' index='0' model='ich9-ehci1'/>
+    <controller type='usb' index='0' model='ich9-uhci1'><master startport='0'/></controller>
+    <interface type='user'><model type='virtio'/></interface>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <input type='tablet' bus='usb'/>
+    <graphics type='vnc'><listen type='socket'/></graphics>
+    <video><model type='vga'/></video>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>";
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), devices);
+    let xml = xml.replace("machine='pc'", "machine='q35'");
+    dir.write("web.xml", &xml);
+    let program = Qemu::V7_2.program().display().to_string();
+    let guest = dir.run(&["web.xml", "--qemu", &program]);
+    let version = guest.qmp().command("query-version", json!({}));
+    assert_eq!(version["qemu"]["major"], 7, "{version}");
+    let serial = Serial::at(dir.join("serial"));
+    serial.wait_for_tick(3);
+    dir.json(&["save", "web", "web.stow"]);
+    guest.qemu.wait_for_exit();
+    let before = serial.mark();
+    let manifest = dir.json(&["inspect", "web.stow"]);
+    let machine = manifest["manifest"]["machine"]["type"].clone();
+    assert_eq!(machine, "pc-q35-7.2", "{manifest:#}");
+    let restored = dir.restore(&["web.stow", "--qemu", &program]);
+    serial.assert_goes_on(&before);
+    // What 7.2 saved loads in a newer one too.
+    dir.json(&["save", "web", "again.stow"]);
+    restored.qemu.wait_for_exit();
+    let before = serial.mark();
+    let newer = Qemu::V10.program().display().to_string();
+    let restored = dir.restore(&["again.stow", "--qemu", &newer]);
+    serial.assert_goes_on(&before);
+    let version = restored.qmp().command("query-version", json!({}));
+    assert_eq!(version["qemu"]["major"], 10, "{version}");
+    dir.json(&["stop", "web"]);
 }
 
 #[test]
@@ -511,8 +533,8 @@ fn the_console_reads_sockets_and_logs_and_refuses_what_is_neither() {
          <serial type='null'><target port='1'/></serial>",
         socket.display()
     );
-    write(&dir, "web.xml", &counter_xml(&dir, &serials, ""));
-    let guest = run(&dir, &["web.xml"]);
+    dir.write("web.xml", &counter_xml(&dir, &serials, ""));
+    let guest = dir.run(&["web.xml"]);
     let mut command = dir.vmstow_command();
     command.args(["console", "web"]).stdin(Stdio::null());
     let mut console = command
@@ -539,12 +561,11 @@ fn the_console_reads_sockets_and_logs_and_refuses_what_is_neither() {
     assert!(console.wait().unwrap().success());
     drop(guest);
 
-    write(
-        &dir,
+    dir.write(
         "log.xml",
-        &counter_xml(&dir, &into_file(&dir, "serial"), ""),
+        &counter_xml(&dir, &serial_into(&dir, "serial"), ""),
     );
-    let guest = run(&dir, &["log.xml"]);
+    let guest = dir.run(&["log.xml"]);
     Serial::at(dir.join("serial")).wait_for_tick(2);
     let mut command = dir.vmstow_command();
     command.args(["console", "web"]).stdin(Stdio::null());
@@ -574,13 +595,12 @@ fn the_console_reads_sockets_and_logs_and_refuses_what_is_neither() {
 #[test]
 fn the_emulator_of_a_tpm_ends_with_its_guest_however_that_ends() {
     let dir = TestDir::new();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
-        &counter_xml(&dir, &into_file(&dir, "serial"), TPM),
+        &counter_xml(&dir, &serial_into(&dir, "serial"), TPM),
     );
     for end in ["stop", "quit", "kill"] {
-        let guest = run(&dir, &["web.xml"]);
+        let guest = dir.run(&["web.xml", "--remap", "tpm:tpm0=its-state"]);
         let tpms = guest.qmp().command("query-tpm", json!({}));
         assert_eq!(tpms[0]["model"], "tpm-tis", "{tpms}");
         assert_eq!(programs(&dir, "swtpm").len(), 1);
@@ -593,15 +613,16 @@ fn the_emulator_of_a_tpm_ends_with_its_guest_however_that_ends() {
         wait_until_nothing_runs(&dir);
         assert_eq!(dir.json(&["list"])["guests"], json!([]));
         assert_eq!(guests(&dir), [""; 0]);
+        assert!(dir.join("its-state/tpm2-00.permall").exists(), "{end}");
     }
 }
 
 #[test]
 fn a_tpm_goes_on_with_what_is_in_the_image_whatever_its_directory_holds() {
     let dir = TestDir::new();
-    let xml = counter_xml(&dir, &into_file(&dir, "serial"), TPM);
-    write(&dir, "web.xml", &xml);
-    let guest = run(&dir, &["web.xml"]);
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), TPM);
+    dir.write("web.xml", &xml);
+    let guest = dir.run(&["web.xml"]);
     let serial = Serial::at(dir.join("serial"));
     serial.wait_for_tick(2);
     let state = dir.join("state/vmstow/tpm/web/tpm0");
@@ -621,17 +642,17 @@ fn a_tpm_goes_on_with_what_is_in_the_image_whatever_its_directory_holds() {
     assert!(kept() == saved, "the TPM is another one");
     dir.json(&["save", "web", "again.stow"]);
     restored.qemu.wait_for_exit();
-    let xml = dir
-        .vmstow()
-        .args(["inspect", "again.stow", "--xml"])
-        .assert()
-        .success();
-    let xml = String::from_utf8(xml.get_output().stdout.clone()).unwrap();
+    let xml = dir.xml_in("again.stow");
     assert!(xml.contains("<tpm model='tpm-tis'>"), "{xml}");
 
     let before = serial.mark();
-    let lazy = dir.restore(&["again.stow", "--lazy", "--wait"]);
+    // Another directory holds what the image holds too.
+    let moved = dir.join("moved");
+    let remap = format!("tpm:tpm0={}", moved.display());
+    let lazy = dir.restore(&["again.stow", "--lazy", "--wait", "--remap", &remap]);
     serial.assert_goes_on(&before);
+    let there = std::fs::read(moved.join("tpm2-00.permall")).unwrap();
+    assert!(there == saved, "the TPM is another one");
     assert_eq!(programs(&dir, "swtpm").len(), 1);
     dir.json(&["stop", "web"]);
     lazy.qemu.wait_for_exit();
@@ -660,10 +681,9 @@ fn a_tpm_goes_on_with_what_is_in_the_image_whatever_its_directory_holds() {
 #[test]
 fn a_guest_whose_starter_was_killed_is_stopped_with_all_that_works_for_it() {
     let dir = TestDir::new();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
-        &counter_xml(&dir, &into_file(&dir, "serial"), TPM),
+        &counter_xml(&dir, &serial_into(&dir, "serial"), TPM),
     );
     // A QEMU that never answers, but tells what it is.
     let qemu = Qemu::V10.program();
@@ -700,12 +720,11 @@ fn a_guest_whose_starter_was_killed_is_stopped_with_all_that_works_for_it() {
 #[test]
 fn a_killed_attendant_takes_its_programs_along() {
     let dir = TestDir::new();
-    write(
-        &dir,
+    dir.write(
         "web.xml",
-        &counter_xml(&dir, &into_file(&dir, "serial"), TPM),
+        &counter_xml(&dir, &serial_into(&dir, "serial"), TPM),
     );
-    let guest = run(&dir, &["web.xml"]);
+    let guest = dir.run(&["web.xml"]);
     let swtpm = Adopted(programs(&dir, "swtpm").remove(0));
     let attendants = programs(&dir, "vmstow");
     assert_eq!(attendants.len(), 1, "{attendants:#?}");
@@ -715,8 +734,8 @@ fn a_killed_attendant_takes_its_programs_along() {
     guest.qemu.wait_for_exit();
 }
 
-/// Debian 12 has the virtiofsd of QEMU 7.2, which takes its options in other words than the one that came after it.
-fn virtiofsd(dir: &TestDir) -> PathBuf {
+/// The one in C, which Debian 12 has with QEMU 7.2.
+fn virtiofsd() -> PathBuf {
     let program = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("target/test-assets/qemu-7.2/usr/lib/qemu/virtiofsd");
     assert!(
@@ -724,12 +743,7 @@ fn virtiofsd(dir: &TestDir) -> PathBuf {
         "{} is missing: run tests/setup.sh",
         program.display()
     );
-    let words = "for word; do case $word in --socket-path=*) socket=$word;; --shared-dir=*) shared=${word#*=};; esac; done";
-    let script = format!(
-        "#!/bin/sh\n{words}\nexec {} \"$socket\" -o source=\"$shared\" -o sandbox=chroot\n",
-        program.display()
-    );
-    write_program(dir, "virtiofsd.sh", &script)
+    program
 }
 
 /// Makes a program of a script.
@@ -747,20 +761,26 @@ fn a_share_has_a_virtiofsd_that_ends_with_its_guest() {
     let share = format!(
         "<filesystem type='mount'>
            <driver type='virtiofs'/>
-           <binary path='{}'/>
+           <binary path='{}' xattr='on'><sandbox mode='chroot'/></binary>
            <source dir='{}'/>
            <target dir='tag'/>
          </filesystem>",
-        virtiofsd(&dir).display(),
+        virtiofsd().display(),
         dir.join("share").display()
     );
-    let xml = counter_xml(&dir, &into_file(&dir, "serial"), &share);
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), &share);
     let memory =
         "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking><vcpu>";
-    write(&dir, "web.xml", &xml.replace("<vcpu>", memory));
-    let guest = run(&dir, &["web.xml"]);
+    dir.write("web.xml", &xml.replace("<vcpu>", memory));
+    let guest = dir.run(&["web.xml"]);
     Serial::at(dir.join("serial")).wait_for_tick(2);
     assert!(!programs(&dir, "virtiofsd").is_empty());
+    // This one cannot hand over its state, which is told before the guest is stopped.
+    let said = dir.refused(4, &["save", "web", "web.stow"]);
+    assert!(
+        said.contains("runs on as before") && said.contains("share \"fs0\""),
+        "{said}"
+    );
     guest.qemu.kill();
     wait_until_nothing_runs(&dir);
 }
@@ -817,12 +837,11 @@ fn a_guest_with_everything_is_saved_and_goes_on_from_other_places() {
         .unwrap()
         .set_len(1 << 20)
         .unwrap();
-    write(
-        &dir,
+    dir.write(
         "all.xml",
-        &everything_xml(&old, &into_file(&dir, "serial")),
+        &everything_xml(&old, &serial_into(&dir, "serial")),
     );
-    let guest = run(&dir, &["all.xml"]);
+    let guest = dir.run(&["all.xml"]);
     let serial = Serial::at(dir.join("serial"));
     // The firmware takes its time, more so on a busy machine.
     wait_until("Linux to begin", PATIENCE * 3, || {

@@ -17,6 +17,7 @@ test_packages=(
     nasm                     # the counter guest
     qemu-utils               # disk images
     swtpm ovmf               # the TPM and the firmware of guests that are run from XML
+    passt                    # the network of others
     util-linux iproute2      # what only a test may see: its own network, /etc and /var
     zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
     gzip bzip2 xz-utils lzop # what libvirt compresses with; xz: QEMU's source packages

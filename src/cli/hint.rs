@@ -333,6 +333,9 @@ fn save_advice(error: &SaveError) -> Option<String> {
         }
         SaveError::RunState { .. } => "wait until that is over (QMP query-status tells), then save".to_owned(),
         SaveError::NoSpace { .. } => "make room, or use --layout zstd".to_owned(),
+        SaveError::MigrationFailed { words: Some(words), .. } if words.contains("vhost-user-fs") => {
+            "the virtiofsd behind the share cannot hand over its state: one of version 1.11 or later can, with QEMU 8.2 or later".to_owned()
+        }
         SaveError::MigrationFailed { .. } => "QEMU's own log may say more; then save again".to_owned(),
         SaveError::Resumed | SaveError::MigratedElsewhere => "make sure that nothing else steers this guest, then save again".to_owned(),
         SaveError::DeviceState | SaveError::Buffer { .. } => "save with --capture migration".to_owned(),

@@ -13,9 +13,11 @@ use super::settings;
 use super::start::StartArgs;
 use super::ui::{Ui, threads};
 use super::{About, Failure, Outcome};
+use crate::config::Arguments;
+use crate::config::restore_arguments::terminal_logs;
 use crate::container::{ContainerError, Manifest};
 use crate::error::Error;
-use crate::host::{GuestDir, RuntimeDir};
+use crate::host::{GuestDir, ProcessFacts, RuntimeDir};
 use crate::image::{self, Trust};
 use crate::pipeline::{self, PipedImage, begins_with_head};
 use crate::progress::Progress;
@@ -429,20 +431,12 @@ fn start_over(dir: &GuestDir, words: Vec<OsString>, cwd: PathBuf, waits: bool, u
 
 /// Says where the consoles went that were somebody's terminal: they are logs beside QEMU's own now.
 fn note_logs(report: &RestoreReport, ui: &Ui) {
-    let directory = report
-        .log
-        .parent()
-        .and_then(|parent| parent.read_dir().ok());
-    let paths = directory
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.path()));
-    for path in paths.filter(|path| path.extension().is_some_and(|ending| ending == "log")) {
-        let name = path.file_stem().unwrap_or_default().display();
-        ui.note(&format!(
-            "{name} was a terminal; it goes to {} now",
-            path.display()
-        ));
+    // A guest that has ended by now tells nothing, and needs no note.
+    let process = ProcessFacts::read(report.pid).ok();
+    let arguments = process.and_then(|process| Arguments::parse(&process.argv).ok());
+    let logs = arguments.as_ref().map(terminal_logs).unwrap_or_default();
+    for (name, path) in logs {
+        ui.note(&format!("{name} was a terminal; it goes to {path} now"));
     }
 }
 

@@ -15,8 +15,8 @@ pub struct RemapArgs {
     /// Give a resource another backend; the guest does not notice. May be given several times
     ///
     /// disk:ID=PATH, disk:ID=FORMAT:PATH, disk:/old/prefix/=/new/, cdrom:ID=PATH|eject,
-    /// net:ID=user|tap=NAME|bridge=NAME|passt=SOCKET, chardev:ID=file:PATH|unix:PATH|pty|null,
-    /// display:ID=HOST:PORT|unix:PATH|none, firmware:ID=PATH, share:ID=PATH, tpm:ID=PATH.
+    /// net:ID=user|tap=NAME|bridge=NAME|passt|passt=SOCKET, chardev:ID=file:PATH|unix:PATH|pty|null,
+    /// display:ID=HOST:PORT|unix:PATH|none, firmware:ID=PATH, share:ID=PATH, tpm:ID=DIR.
     /// `vmstow inspect` lists the ids; * means all. The last one for a resource counts.
     #[arg(long = "remap", value_name = "KIND:ID=TARGET", value_parser = parse_remap)]
     remaps: Vec<Remap>,

@@ -21,6 +21,7 @@
 //! | [`expand`](mod@expand) | hand-written domain XML → domain XML in which nothing is left to choose |
 //! | [`abi`] | two domain XMLs compared: what of the difference the guest would see |
 //! | [`command_line`](mod@command_line) | expanded domain → QEMU's arguments |
+//! | [`passt`] | user networks that are played beside QEMU |
 //! | [`postcopy`] | what forbids that a guest runs before its memory is there |
 //! | [`explain`](mod@explain) | what QEMU and libvirt say when a guest does not load, in other words |
 //! | [`compat`] | (guest, host) → every reason it cannot run |
@@ -37,6 +38,7 @@ pub mod foreign;
 pub mod isolate;
 pub mod mapped_memory;
 pub mod overlay;
+pub mod passt;
 pub mod paths;
 pub mod postcopy;
 pub mod properties;

@@ -14,6 +14,7 @@
 use super::arguments::{Argument, Arguments};
 use super::error::{ConfigError, Reason};
 use super::mapped_memory;
+use super::passt;
 use super::properties::escape;
 use super::remap::{self, Remap, Remapped, rename_chardev};
 use super::resources::{OWN_LOG_PREFIX, OWN_PREFIX, is_monitor_only};
@@ -90,6 +91,7 @@ pub fn restore_arguments(
     if !reasons.is_empty() {
         return Err(ConfigError::Refused { reasons });
     }
+    passt::give_sockets(&mut arguments, &context.log_dir);
     terminals_to_logs(&mut arguments, &context.log_dir);
     move_own_files(&mut arguments, kept, &context.log_dir);
     short_files_to_chardevs(&mut arguments);
@@ -113,6 +115,17 @@ pub fn remap_warnings(
     spell_out_nographic(&mut arguments);
     let Remapped { warnings, .. } = remap::apply(&arguments, Some(machine_type), remaps)?;
     Ok(warnings)
+}
+
+/// The logs that stand in for terminals in restore arguments: the port's name, the file.
+pub fn terminal_logs(arguments: &Arguments) -> Vec<(String, String)> {
+    let chardevs = arguments.options("chardev");
+    let logs = chardevs.filter_map(|(_, chardev)| {
+        let chardev = chardev.properties();
+        let port = chardev.get("id")?.strip_prefix(OWN_LOG_PREFIX)?.to_owned();
+        Some((port, chardev.get("path")?))
+    });
+    logs.collect()
 }
 
 /// Drops [`DROPPED`], character devices that served only monitors, and objects of ours.

@@ -20,6 +20,7 @@ mod process_memory;
 mod runtime;
 mod settings;
 mod userfault;
+mod virtiofsd;
 
 pub use emulator::{CpuExpansion, expand_cpu};
 pub use error::HostError;
@@ -33,7 +34,7 @@ pub use interfaces::has_interface;
 pub use lasting::{Lasting, make_from_template, make_private_directory};
 pub use memory::{available_memory, resident_bytes};
 pub use monitor::{
-    Monitor, has_listener, is_qemu, listener_of, listeners_of, monitors_of, qmp_sockets,
+    Monitor, has_listener, is_qemu, is_socket, listener_of, listeners_of, monitors_of, qmp_sockets,
 };
 pub use overlays::{OverlayRoot, Overlays, is_throwaway};
 pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock, has_userfaultfd};
@@ -41,3 +42,4 @@ pub use process_memory::{Backing, MOST_SLICES, ProcessMemory};
 pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};
 pub use settings::settings_files;
 pub use userfault::Userfault;
+pub use virtiofsd::is_virtiofsd_in_c;

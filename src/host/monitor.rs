@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -105,6 +106,11 @@ pub fn has_listener(socket: &Path) -> bool {
         .iter()
         .filter(|it| it.path.file_name() == wanted.file_name());
     names.any(|entry| entry.path.is_absolute() && resolved(&entry.path) == wanted)
+}
+
+/// Whether a unix socket is there, whoever may listen on it.
+pub fn is_socket(path: &str) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// The QEMU that listens on a unix socket; the first listener if none looks like a QEMU.

@@ -29,6 +29,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
 pub use clones::restore_clones;
 pub use describe::describe_devices;
@@ -277,6 +278,10 @@ fn load_and_run<R: Read>(
         Origin::Pipe(pipe) => incoming::feed_from_pipe(&mut qmp, pipe, plan, progress)?,
     };
     incoming::confirm_completed(&mut qmp, plan.timeout())?;
+    for id in plan.idle_networks()? {
+        // It leads nowhere, so one that stays does no harm.
+        let _: std::result::Result<Value, _> = qmp.execute("netdev_del", json!({ "id": id }));
+    }
     let verifier = match (plan.mapping(), mapped) {
         (Some(mapping), Some(file)) => mapping.verify_behind(&file, guest)?,
         _ => None,

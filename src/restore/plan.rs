@@ -16,7 +16,7 @@ use crate::config::mapped_memory;
 use crate::config::overlay::{self, WritableDisk, is_writable_disk, writable_disks};
 use crate::config::postcopy::obstacles;
 use crate::config::properties::escape;
-use crate::config::remap::{Selector, Target, fitting, kept_with};
+use crate::config::remap::{Selector, Target, fitting, idle_networks, kept_with};
 use crate::config::restore_arguments::remap_warnings;
 use crate::config::xml::Document;
 use crate::config::{
@@ -72,7 +72,7 @@ impl Plan {
     ///
     /// # Errors
     /// Whose image it is, or every reason at once for which this host cannot run it.
-    pub fn check(manifest: Manifest, trust: &Trust, request: &RestoreRequest) -> Result<Self> {
+    pub fn check(mut manifest: Manifest, trust: &Trust, request: &RestoreRequest) -> Result<Self> {
         if let Some(name) = request.name.as_ref().filter(|name| !is_name(name)) {
             return Err(HostError::BadName { name: name.clone() }.into());
         }
@@ -89,11 +89,11 @@ impl Plan {
         let table = ResourceTable::from_arguments(&kept, Some(&machine_type));
         let mut remaps = fitting(&request.settings.remaps, &table);
         remaps.extend(request.remaps.iter().cloned());
+        let has_remaps = !remaps.is_empty();
+        let remaps = side::move_states(&mut manifest.qemu.side_programs, remaps, &table);
         let qemu = QemuFacts::probe(&choose_qemu(request, &manifest, is_trusted)?)?;
-        let is_as_saved = remaps.is_empty()
-            && request.name.is_none()
-            && !request.throwaway
-            && request.clones.is_none();
+        let is_as_saved =
+            !has_remaps && request.name.is_none() && !request.throwaway && request.clones.is_none();
         let mut plan = Plan {
             image: request
                 .image
@@ -236,6 +236,12 @@ impl Plan {
         Ok(arguments)
     }
 
+    /// The networks that QEMU needs only until it has loaded the state.
+    pub(super) fn idle_networks(&self) -> Result<Vec<String>> {
+        let arguments = self.arguments_at(Path::new(side::PLACE), &[])?;
+        Ok(idle_networks(&Arguments::parse(&arguments)?))
+    }
+
     /// What a user should know about the remaps.
     fn remap_doubts(&self) -> Result<Vec<Finding>> {
         let isolated = self.isolated_at(Path::new("/nonexistent"))?;
@@ -332,7 +338,8 @@ impl Plan {
             }
         };
         let is_passing = self.is_clone || self.throwaway.is_some();
-        let side = side::programs_at(&self.manifest.qemu.side_programs, dir.path(), is_passing);
+        let saved = &self.manifest.qemu.side_programs;
+        let side = side::programs_for(&command, saved, dir.path(), is_passing);
         Ok(Launch {
             argv: command.into_iter().map(Into::into).collect(),
             cwd: self.cwd.clone(),

@@ -8,14 +8,74 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::process::geteuid;
+
+use crate::config::{Arguments, Remap, ResourceKind, ResourceTable, passt};
 use crate::container::manifest::SideProgram as Saved;
+use crate::host;
 use crate::supervise::SideProgram;
 
 /// What stands for the guest's directory as long as it has none.
 pub const PLACE: &str = "/nonexistent";
 
-/// The programs for a guest that has this directory. With `is_passing` what they keep lies there too, and ends with it.
-pub fn programs_at(saved: &[Saved], directory: &Path, is_passing: bool) -> Vec<SideProgram> {
+/// The programs for a guest that has this directory and is started by this command: those that worked for it and that the
+/// command still connects to, and those that a remap asks for. With `is_passing` what they keep lies there too, and ends
+/// with it.
+pub fn programs_for(
+    command: &[String],
+    saved: &[Saved],
+    directory: &Path,
+    is_passing: bool,
+) -> Vec<SideProgram> {
+    let mut programs = programs_at(saved, directory, is_passing);
+    let is_named = |socket: &str| command.iter().any(|word| word.contains(socket));
+    programs.retain(|program| is_named(&program.socket.display().to_string()));
+    let Ok(arguments) = Arguments::parse(command) else {
+        return programs;
+    };
+    for own in passt::own(&arguments, &directory.display().to_string()) {
+        let socket = PathBuf::from(&own.socket);
+        if programs.iter().any(|program| program.socket == socket) {
+            continue;
+        }
+        let mut argv = passt::command("passt", &own.socket, geteuid().is_root());
+        argv.extend(own.addresses);
+        programs.push(SideProgram {
+            name: own.id,
+            argv,
+            socket,
+            state: None,
+        });
+    }
+    programs
+}
+
+/// Moves what emulators of TPMs keep to where remaps say, and gives the other remaps.
+pub fn move_states(saved: &mut [Saved], remaps: Vec<Remap>, table: &ResourceTable) -> Vec<Remap> {
+    let mut is_other = |remap: &Remap| {
+        let mut is_moved = false;
+        for program in saved.iter_mut() {
+            let mut tpms = table.of(ResourceKind::Tpm);
+            let tpm = tpms.find(|tpm| tpm.backend.path.as_ref() == Some(&program.socket));
+            let (Some(tpm), Some(state)) = (tpm, program.state.clone()) else {
+                continue;
+            };
+            let Some(moved) = remap.moved_state(tpm, &state, &host::is_socket) else {
+                continue;
+            };
+            for word in program.argv.iter_mut().skip(1) {
+                *word = word.replace(&state, &moved);
+            }
+            program.state = Some(moved);
+            is_moved = true;
+        }
+        !is_moved
+    };
+    remaps.into_iter().filter(|it| is_other(it)).collect()
+}
+
+/// The saved programs for a guest that has this directory. With `is_passing` what they keep lies there too, and ends with it.
+fn programs_at(saved: &[Saved], directory: &Path, is_passing: bool) -> Vec<SideProgram> {
     let programs = saved
         .iter()
         .map(|one| program_at(one, directory, is_passing));
@@ -48,6 +108,9 @@ fn program_at(saved: &Saved, directory: &Path, is_passing: bool) -> SideProgram 
 pub fn is_own_socket(saved: &[Saved], path: &str) -> bool {
     let in_place = Path::new(path).strip_prefix(PLACE).ok();
     in_place.is_some_and(|name| {
+        if name.extension().is_some_and(|it| it == "passt") {
+            return true;
+        }
         let mut sockets = saved.iter().map(|one| Path::new(&one.socket).file_name());
         sockets.any(|socket| socket == Some(name.as_os_str()))
     })

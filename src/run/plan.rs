@@ -1,22 +1,25 @@
 //! What would be started, with which QEMU and arguments, and whether it can be: all asked before anything is made.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Zoned;
+use rustix::process::geteuid;
 
 use super::making::Made;
 use super::source::Source;
 use super::{RunError, RunRequest, knowledge};
 use crate::config::command_line::{
-    CommandContext, CommandLine, QmpCommand, SideCommand, SideKind, command_line,
+    CommandContext, CommandLine, QmpCommand, SideCommand, SideKind, command_line, virtiofsd_of,
 };
 use crate::config::domain::Domain;
+use crate::config::domain::shares::ShareDriver;
 use crate::config::expand::{Expanded, expand};
 use crate::config::foreign::{foreign, open_networks};
 use crate::config::xml::Document;
 use crate::config::{
-    Arguments, ConfigError, Remap, Resource, ResourceKind, ResourceTable, Unmodelled, remap,
+    Arguments, ConfigError, Remap, Resource, ResourceKind, ResourceTable, Unmodelled, passt, remap,
 };
 use crate::error::{Error, Result};
 use crate::host::{
@@ -42,6 +45,8 @@ pub struct Plan {
     /// The guest's name here.
     name: String,
     emulator: PathBuf,
+    /// Programs that share directories and take their options in the old words.
+    virtiofsds_in_c: BTreeSet<String>,
     cwd: PathBuf,
     expanded: Expanded,
     /// The user's usual ones that fit, then those that were asked for.
@@ -103,8 +108,14 @@ impl Plan {
             .name
             .clone()
             .unwrap_or_else(|| sanitise_name(own_name));
+        // A program that a stranger names is not run to hear what it says.
+        let virtiofsds_in_c = match source.is_trusted() || request.trust {
+            true => virtiofsds_in_c(&expanded.domain),
+            false => BTreeSet::new(),
+        };
         let mut plan = Plan {
             is_trusted,
+            virtiofsds_in_c,
             image: source.image.clone(),
             name,
             emulator,
@@ -182,18 +193,46 @@ impl Plan {
             state_directory: text(&state),
             memory_directory: "/dev/shm".to_owned(),
             virtiofsd: virtiofsd(),
+            virtiofsds_in_c: self.virtiofsds_in_c.clone(),
             now: now.timestamp().as_second(),
             utc_offset: now.offset().seconds().into(),
             is_trusted: self.is_trusted,
+            is_root: geteuid().is_root(),
             ..CommandContext::new(&text(directory))
         };
         let mut command = command_line(&self.expanded.domain, &context)?;
         if !self.remaps.is_empty() {
-            let arguments = Arguments::parse(&command.argv)?;
-            let remapped = remap::apply(&arguments, self.machine_type(), &self.remaps)?;
-            command.argv = remapped.arguments.write();
+            self.remap(&mut command, &context)?;
         }
         Ok(command)
+    }
+
+    /// Gives the guest the backends that were chosen for it, and starts beside it what they need and no more.
+    fn remap(&self, command: &mut CommandLine, context: &CommandContext) -> Result<()> {
+        let arguments = Arguments::parse(&command.argv)?;
+        let table = ResourceTable::from_arguments(&arguments, self.machine_type());
+        let remaps = self.remaps.iter();
+        let remaps = remaps.filter(|remap| !move_state(remap, &mut command.side_commands, &table));
+        let remaps: Vec<Remap> = remaps.cloned().collect();
+        let remapped = remap::apply(&arguments, self.machine_type(), &remaps)?;
+        let mut arguments = remapped.arguments;
+        passt::give_sockets(&mut arguments, &context.directory);
+        command.argv = arguments.write();
+        let argv = &command.argv;
+        let is_named = |socket: &str| argv.iter().any(|word| word.contains(socket));
+        command.side_commands.retain(|it| is_named(&it.socket));
+        for own in passt::own(&arguments, &context.directory) {
+            let mut argv = passt::command(&context.passt, &own.socket, context.is_root);
+            argv.extend(own.addresses);
+            command.side_commands.push(SideCommand {
+                kind: SideKind::Passt,
+                alias: own.id,
+                argv,
+                socket: own.socket,
+                directories: Vec::new(),
+            });
+        }
+        Ok(())
     }
 
     fn machine_type(&self) -> Option<&str> {
@@ -322,6 +361,26 @@ impl Plan {
     }
 }
 
+/// Moves what the emulators of TPMs keep, if the remap says so; whether it does.
+fn move_state(remap: &Remap, commands: &mut [SideCommand], table: &ResourceTable) -> bool {
+    let mut is_moved = false;
+    for command in commands {
+        let mut tpms = table.of(ResourceKind::Tpm);
+        let tpm = tpms.find(|tpm| tpm.backend.path.as_ref() == Some(&command.socket));
+        let (Some(tpm), Some(state)) = (tpm, command.directories.first().cloned()) else {
+            continue;
+        };
+        if let Some(moved) = remap.moved_state(tpm, &state, &host::is_socket) {
+            for word in command.argv.iter_mut().skip(1) {
+                *word = word.replace(&state, &moved);
+            }
+            command.directories = vec![moved];
+            is_moved = true;
+        }
+    }
+    is_moved
+}
+
 /// Before it is known.
 fn empty() -> CommandLine {
     CommandLine {
@@ -393,6 +452,17 @@ fn virtiofsd() -> String {
         .map(PathBuf::from)
         .or_else(|| find_program("virtiofsd"));
     found.map_or(VIRTIOFSD[0].to_owned(), |path| path.display().to_string())
+}
+
+/// Those of the programs that share directories which take their options as the virtiofsd in C did.
+fn virtiofsds_in_c(domain: &Domain) -> BTreeSet<String> {
+    let usual = virtiofsd();
+    let shares = domain.devices.shares.iter();
+    let shares = shares.filter(|it| it.driver == ShareDriver::VirtioFs && it.socket.is_none());
+    let programs: BTreeSet<&str> = shares.map(|it| virtiofsd_of(it, &usual)).collect();
+    let programs = programs.into_iter();
+    let programs = programs.filter(|program| host::is_virtiofsd_in_c(Path::new(program)));
+    programs.map(str::to_owned).collect()
 }
 
 fn side_program(command: &SideCommand) -> SideProgram {

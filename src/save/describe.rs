@@ -235,6 +235,23 @@ impl Description {
         paths.filter(|path| host::is_throwaway(path)).collect()
     }
 
+    /// Shares whose virtiofsd cannot hand over its state: QEMU meets that only when the guest is stopped already.
+    pub fn mute_shares(&self) -> Vec<String> {
+        let is_in_c = |program: &&SideProgram| {
+            let mut words = program.argv.iter();
+            words.any(|word| word.starts_with("source=")) && program.socket.ends_with(".virtiofs")
+        };
+        let mute = self.side_programs.iter().filter(is_in_c);
+        mute.map(|program| {
+            let (name, binary) = (&program.name, program.argv.first());
+            format!(
+                "share {name:?}: its virtiofsd ({}) cannot hand over its state; one of version 1.11 or later can, with QEMU 8.2 or later",
+                binary.map_or("", String::as_str)
+            )
+        })
+        .collect()
+    }
+
     /// Media in drives that no argument names.
     fn foreign_media(&self) -> Vec<String> {
         let unnamed = self

@@ -125,7 +125,7 @@ impl Plan {
             memory_bytes: description.memory_bytes,
             resident_bytes: host::resident_bytes(pid),
             free_bytes: free_bytes(&request.target),
-            blockers: migration.blocked_reasons,
+            blockers: [migration.blocked_reasons, description.mute_shares()].concat(),
             not_restorable: description.not_restorable(),
             throwaway_disks: description.throwaway_disks(),
         };

@@ -157,8 +157,9 @@ fn disk_target(disk: &Plain, old: &Plain) -> Option<Target> {
 fn network_target(interface: &Plain) -> Option<Target> {
     let of = |child: &str, key: &str| interface.child(child).and_then(|child| child.get(key));
     match interface.get("type")? {
-        // Nothing starts a passt for a restored guest.
-        "user" if of("backend", "type") == Some("passt") => None,
+        // Which ports lead into the guest is said nowhere else.
+        "user" if interface.child("portForward").is_some() => None,
+        "user" if of("backend", "type") == Some("passt") => Some(Target::Passt(String::new())),
         "user" => Some(Target::UserNetwork(String::new())),
         "bridge" => Some(Target::Bridge(of("source", "bridge")?.to_owned())),
         "ethernet" => Some(Target::Tap(of("target", "dev")?.to_owned())),

@@ -13,6 +13,7 @@ use crate::config::domain::disks::VirtioModel;
 use crate::config::domain::interfaces::{
     Interface, InterfaceDriver, InterfaceSource, InterfaceType, PortForward, UserIp,
 };
+use crate::config::passt;
 
 /// The bridge of libvirt's network `default`.
 const DEFAULT_BRIDGE: (&str, &str) = ("default", "virbr0");
@@ -43,7 +44,7 @@ fn backend(line: &mut Line<'_>, domain: &Domain, interface: &Interface, netdev: 
             dev,
         } => {
             if interface.backend.is_passt {
-                passt(line, interface, netdev, ips, port_forwards, dev.as_deref());
+                with_passt(line, interface, netdev, ips, port_forwards, dev.as_deref());
             } else {
                 user(line, interface, netdev, ips, port_forwards);
             }
@@ -177,7 +178,7 @@ fn user(
     line.netdev(backend.with_some("hostfwd", (!rules.is_empty()).then_some(rules)));
 }
 
-fn passt(
+fn with_passt(
     line: &mut Line<'_>,
     interface: &Interface,
     netdev: &str,
@@ -186,16 +187,8 @@ fn passt(
     dev: Option<&str>,
 ) {
     let alias = id(&interface.info);
-    let socket = format!("{}/{alias}.passt", line.context.directory);
-    let mut argv: Vec<String> = [
-        line.context.passt.as_str(),
-        "--foreground",
-        "--one-off",
-        "--socket",
-        &socket,
-    ]
-    .map(str::to_owned)
-    .into();
+    let socket = passt::socket_in(&line.context.directory, alias);
+    let mut argv = passt::command(&line.context.passt, &socket, line.context.is_root);
     let mut add = |option: &str, value: String| argv.extend([option.to_owned(), value]);
     if let Some(file) = &interface.backend.log_file {
         add("--log-file", file.clone());

@@ -35,7 +35,7 @@ mod shares;
 mod sound;
 mod usb_devices;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
@@ -46,6 +46,8 @@ use super::error::{ConfigError, Unmodelled};
 use super::properties::escape;
 use super::restore_arguments;
 use line::Line;
+
+pub use shares::virtiofsd_of;
 
 /// Where and as what a guest is started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,8 +68,12 @@ pub struct CommandContext {
     pub swtpm: String,
     /// The program that shares directories, where the domain does not name it.
     pub virtiofsd: String,
+    /// The programs among those that share directories which take the options of the virtiofsd in C.
+    pub virtiofsds_in_c: BTreeSet<String>,
     /// The program that plays a user network, where the domain asks for it.
     pub passt: String,
+    /// Whether QEMU and what works beside it run as root.
+    pub is_root: bool,
     /// The first port for displays that shall choose one themselves.
     pub first_display_port: u16,
     /// The clock, in seconds since 1970.
@@ -90,7 +96,9 @@ impl CommandContext {
             memory_directory: directory.to_owned(),
             swtpm: "swtpm".to_owned(),
             virtiofsd: "/usr/libexec/virtiofsd".to_owned(),
+            virtiofsds_in_c: BTreeSet::new(),
             passt: "passt".to_owned(),
+            is_root: false,
             first_display_port: 5900,
             now: 0,
             utc_offset: 0,

@@ -81,43 +81,11 @@ fn virtiofs(line: &mut Line<'_>, domain: &Domain, share: &Share) {
 fn virtiofsd(line: &mut Line<'_>, share: &Share, directory: &str) -> String {
     let alias = id(&share.info);
     let socket = format!("{}/{alias}.virtiofs", line.context.directory);
-    let binary = &share.binary;
-    let program = binary.path.as_ref().unwrap_or(&line.context.virtiofsd);
-    let mut argv = vec![
-        program.clone(),
-        format!("--socket-path={socket}"),
-        format!("--shared-dir={directory}"),
-    ];
-    let values = [
-        ("cache", binary.cache.clone()),
-        ("sandbox", binary.sandbox.clone()),
-        (
-            "thread-pool-size",
-            binary.thread_pool_size.map(|size| size.to_string()),
-        ),
-        (
-            "rlimit-nofile",
-            binary.open_files.map(|files| files.to_string()),
-        ),
-    ];
-    for (name, value) in values {
-        argv.extend(value.map(|value| format!("--{name}={value}")));
-    }
-    for (is_group, guest, host, count) in &share.id_map {
-        let name = if *is_group { "gid" } else { "uid" };
-        argv.push(format!("--{name}-map=:{guest}:{host}:{count}:"));
-    }
-    if binary.xattr == Some(true) {
-        argv.push("--xattr".to_owned());
-    }
-    if share.read_only {
-        argv.push("--readonly".to_owned());
-    }
-    if binary.posix_lock == Some(true) || binary.flock == Some(true) {
-        line.warning(
-            &share.info,
-            "locks on the host are not virtiofsd's any more",
-        );
+    let program = virtiofsd_of(share, &line.context.virtiofsd).to_owned();
+    let mut argv = vec![program.clone(), format!("--socket-path={socket}")];
+    match line.context.virtiofsds_in_c.contains(&program) {
+        true => argv.extend(options_in_c(line, share, directory)),
+        false => argv.extend(options(line, share, directory)),
     }
     line.side_commands.push(SideCommand {
         kind: SideKind::Virtiofsd,
@@ -127,4 +95,89 @@ fn virtiofsd(line: &mut Line<'_>, share: &Share, directory: &str) -> String {
         directories: Vec::new(),
     });
     socket
+}
+
+/// The virtiofsd that a share asks for; `usual` is the one that this host has.
+pub fn virtiofsd_of<'a>(share: &'a Share, usual: &'a str) -> &'a str {
+    share.binary.path.as_deref().unwrap_or(usual)
+}
+
+/// What the virtiofsd in Rust is told.
+fn options(line: &mut Line<'_>, share: &Share, directory: &str) -> Vec<String> {
+    let binary = &share.binary;
+    let mut options = vec![format!("--shared-dir={directory}")];
+    let values = [
+        ("cache", binary.cache.clone()),
+        ("sandbox", binary.sandbox.clone()),
+        (
+            "thread-pool-size",
+            binary.thread_pool_size.map(|it| it.to_string()),
+        ),
+        ("rlimit-nofile", binary.open_files.map(|it| it.to_string())),
+    ];
+    for (name, value) in values {
+        options.extend(value.map(|value| format!("--{name}={value}")));
+    }
+    for (is_group, guest, host, count) in &share.id_map {
+        let name = if *is_group { "gid" } else { "uid" };
+        options.push(format!("--{name}-map=:{guest}:{host}:{count}:"));
+    }
+    if binary.xattr == Some(true) {
+        options.push("--xattr".to_owned());
+    }
+    if share.read_only {
+        options.push("--readonly".to_owned());
+    }
+    if binary.posix_lock == Some(true) || binary.flock == Some(true) {
+        line.warning(
+            &share.info,
+            "locks on the host are not virtiofsd's any more",
+        );
+    }
+    options
+}
+
+/// What the virtiofsd in C is told, as far as it has words for it.
+fn options_in_c(line: &mut Line<'_>, share: &Share, directory: &str) -> Vec<String> {
+    let binary = &share.binary;
+    if directory.contains(',') {
+        let why = "the virtiofsd that came with QEMU cannot be told a path with a comma in it";
+        line.error(&share.info, why, None);
+    }
+    if share.read_only || !share.id_map.is_empty() {
+        let what = if share.read_only {
+            "<readonly/>"
+        } else {
+            "<idmap>"
+        };
+        let why = format!("the virtiofsd that came with QEMU has no {what}");
+        let try_ = "name the one that took its place: <binary path='/usr/libexec/virtiofsd'/>";
+        line.error(&share.info, why, Some(try_));
+    }
+    let mut words = vec![format!("source={directory}")];
+    words.extend(binary.cache.as_ref().map(|mode| format!("cache={mode}")));
+    words.extend(
+        binary
+            .sandbox
+            .as_ref()
+            .map(|mode| format!("sandbox={mode}")),
+    );
+    for (name, is_on) in [
+        ("xattr", binary.xattr),
+        ("posix_lock", binary.posix_lock),
+        ("flock", binary.flock),
+    ] {
+        words.extend(is_on.map(|is_on| match is_on {
+            true => name.to_owned(),
+            false => format!("no_{name}"),
+        }));
+    }
+    let mut options = vec!["-f".to_owned(), "-o".to_owned(), words.join(",")];
+    for (name, value) in [
+        ("thread-pool-size", binary.thread_pool_size.map(u64::from)),
+        ("rlimit-nofile", binary.open_files.map(u64::from)),
+    ] {
+        options.extend(value.map(|value| format!("--{name}={value}")));
+    }
+    options
 }

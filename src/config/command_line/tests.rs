@@ -135,3 +135,35 @@ fn a_terminal_that_nobody_looks_at_is_logged_in_the_guests_directory() {
         line.argv
     );
 }
+
+#[test]
+fn each_virtiofsd_is_told_in_its_own_words() {
+    let memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
+    let share = |more: &str| {
+        format!(
+            "<filesystem type='mount'><driver type='virtiofs'/><binary path='/v' xattr='on'>\
+             <cache mode='none'/><lock posix='on'/></binary>{more}<source dir='/s'/><target dir='t'/></filesystem>"
+        )
+    };
+    let in_c = CommandContext {
+        virtiofsds_in_c: ["/v".to_owned()].into(),
+        ..CommandContext::new("/run/g")
+    };
+    let told = |context: &CommandContext| {
+        let line = line_of(&xml(memory, &share("")), context).unwrap();
+        line.side_commands[0].argv.join(" ")
+    };
+    assert_eq!(
+        told(&CommandContext::new("/run/g")),
+        "/v --socket-path=/run/g/fs0.virtiofs --shared-dir=/s --cache=none --xattr"
+    );
+    assert_eq!(
+        told(&in_c),
+        "/v --socket-path=/run/g/fs0.virtiofs -f -o source=/s,cache=none,xattr,posix_lock"
+    );
+    let refused = line_of(&xml(memory, &share("<readonly/>")), &in_c).unwrap_err();
+    assert!(
+        refused.to_string().contains("has no <readonly/>"),
+        "{refused}"
+    );
+}

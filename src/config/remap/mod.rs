@@ -18,7 +18,7 @@ use std::fmt;
 
 use super::arguments::{Argument, Arguments};
 use super::error::{ConfigError, Reason};
-use super::resources::{Resource, ResourceKind, ResourceTable};
+use super::resources::{OWN_SLIRP_PREFIX, Resource, ResourceKind, ResourceTable};
 
 pub(super) use change::rename_chardev;
 pub use syntax::parse_file;
@@ -82,7 +82,7 @@ pub enum Target {
     Tap(String),
     /// A bridge, through QEMU's bridge helper.
     Bridge(String),
-    /// The socket of a passt process that was started for it.
+    /// The socket of a passt process that was started for it; empty for one that the guest shall have for itself.
     Passt(String),
     /// A character device that appends to a file.
     File(String),
@@ -249,6 +249,13 @@ pub fn kept_with(
     Ok(apply(&kept, Some(machine_type), &chosen?)?.arguments)
 }
 
+/// The user networks that only load the state of one that was remapped: once it is loaded they are of no use.
+pub fn idle_networks(arguments: &Arguments) -> Vec<String> {
+    let nets = arguments.options("netdev");
+    let ids = nets.filter_map(|(_, net)| net.properties().get("id"));
+    ids.filter(|id| id.starts_with(OWN_SLIRP_PREFIX)).collect()
+}
+
 /// Those of a user's usual remaps that mean something of this guest; they are for whatever guest comes.
 pub fn fitting(usual: &[Remap], table: &ResourceTable) -> Vec<Remap> {
     let fits = |remap: &&Remap| remap.chosen(table).is_ok_and(|chosen| !chosen.is_empty());
@@ -362,6 +369,25 @@ impl Remap {
                 Some(Warning::SlirpState { id })
             }
             _ => None,
+        }
+    }
+
+    /// Where what the emulator of this TPM keeps in `state` moves: a path is the directory for that, unless a socket is
+    /// there, on which another emulator listens. `None` if the remap says nothing of it.
+    pub fn moved_state(
+        &self,
+        tpm: &Resource,
+        state: &str,
+        is_socket: &dyn Fn(&str) -> bool,
+    ) -> Option<String> {
+        let Target::Path { path, .. } = &self.target else {
+            return None;
+        };
+        match &self.selector {
+            Selector::Prefix(prefix) if self.kind == tpm.kind => {
+                Some(format!("{path}{}", state.strip_prefix(prefix.as_str())?))
+            }
+            _ => (self.selects(tpm) && !is_socket(path)).then(|| path.clone()),
         }
     }
 

@@ -56,6 +56,7 @@ impl Remap {
         }
         let path = match &mut self.target {
             Target::Path { path, .. } if path.contains(':') => return,
+            Target::Passt(path) if path.is_empty() => return,
             Target::Path { path, .. }
             | Target::File(path)
             | Target::Unix(path)
@@ -109,6 +110,7 @@ impl fmt::Display for Target {
             Target::Pty => f.write_str("pty"),
             Target::Unix(path) => write!(f, "unix:{path},server=on,wait=off"),
             Target::Null => f.write_str("null"),
+            Target::Passt(path) if path.is_empty() => f.write_str("passt"),
             Target::Passt(path) => write!(f, "passt={path}"),
             Target::Listen(host, port) => write!(f, "{host}:{port}"),
         }
@@ -160,7 +162,7 @@ impl Remap {
             "net" | "nic" => (
                 ResourceKind::Nic,
                 network_target,
-                "net:ID=user, net:ID=tap=NAME, net:ID=bridge=NAME or net:ID=passt=SOCKET, the socket of a passt that you started for the guest (passt --socket SOCKET)",
+                "net:ID=user, net:ID=tap=NAME, net:ID=bridge=NAME, net:ID=passt, or net:ID=passt=SOCKET with the socket of a passt that you started (passt --socket SOCKET)",
             ),
             "chardev" => (
                 ResourceKind::Chardev,
@@ -232,8 +234,10 @@ fn display_target(text: &str) -> Option<Target> {
 
 fn network_target(text: &str) -> Option<Target> {
     let named = |prefix: &str| text.strip_prefix(prefix).filter(|name| !name.is_empty());
-    if text == "user" {
-        return Some(Target::UserNetwork(String::new()));
+    match text {
+        "user" => return Some(Target::UserNetwork(String::new())),
+        "passt" => return Some(Target::Passt(String::new())),
+        _ => {}
     }
     if let Some(rest) = named("user,") {
         return Some(Target::UserNetwork(rest.to_owned()));

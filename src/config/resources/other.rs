@@ -289,12 +289,14 @@ pub(super) fn tpms(arguments: &Arguments) -> Vec<Resource> {
             host: chardev,
             ..Backend::of_type(tpm.get("type").unwrap_or_default())
         };
-        Resource::new(
-            ResourceKind::Tpm,
-            tpm.get("id").unwrap_or_default(),
-            index,
-            backend,
-        )
+        let id = tpm.get("id").unwrap_or_default();
+        let mut devices = arguments.options("device").map(|(_, it)| it.properties());
+        let device = devices.find(|device| device.get("tpmdev").as_ref() == Some(&id));
+        let names = device.and_then(|device| device.get("id"));
+        Resource {
+            aliases: names.into_iter().collect(),
+            ..Resource::new(ResourceKind::Tpm, id, index, backend)
+        }
     });
     tpms.collect()
 }
