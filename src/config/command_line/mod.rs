@@ -11,7 +11,7 @@
 //! | file | what it makes |
 //! |---|---|
 //! | `machine` `cpu` `memory` `clock` `boot` | the machine |
-//! | `controllers` `disks` `disk_nodes` `interfaces` `chardevs` `displays` `sound` `usb_devices` `shares` `hostdevs` `platform` | devices and what stands behind them |
+//! | `controllers` `disks` `disk_nodes` `interfaces` `chardevs` `displays` `sound` `usb_devices` `shares` `hostdevs` `stores` `platform` | devices and what stands behind them |
 //! | `line` `json` | how arguments are put together |
 //!
 //! Source: QEMU's documentation of its options; observed behaviour of libvirt 11.3 with QEMU 10.0.
@@ -33,6 +33,7 @@ mod memory;
 mod platform;
 mod shares;
 mod sound;
+mod stores;
 mod usb_devices;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -238,6 +239,8 @@ fn devices(line: &mut Line<'_>, domain: &Domain) {
     usb_devices::redirected(line, devices);
     hostdevs::hostdevs(line, &devices.hostdevs);
     platform::others(line, domain);
+    stores::crypto_devices(line, devices);
+    stores::persistent_stores(line, devices);
 }
 
 /// The name, the sandbox, our monitor; logs in place of terminals.

@@ -137,6 +137,32 @@ fn a_terminal_that_nobody_looks_at_is_logged_in_the_guests_directory() {
 }
 
 #[test]
+fn stores_and_cryptography_are_as_libvirt_has_them() {
+    let devices = "<controller type='usb' model='none'/><memballoon model='none'/>\
+        <pstore backend='acpi-erst'><path>/p</path><size unit='KiB'>64</size></pstore>\
+        <crypto model='virtio' type='qemu'><backend model='builtin' queues='1'/></crypto>";
+    let line = made("", devices);
+    for word in [
+        r#"{"id":"objcrypto0","qom-type":"cryptodev-backend-builtin","queues":1}"#,
+        r#"{"addr":"0x1","bus":"pci.2","cryptodev":"objcrypto0","driver":"virtio-crypto-pci","id":"crypto0"}"#,
+        r#"{"id":"mempstore0","mem-path":"/p","qom-type":"memory-backend-file","share":true,"size":65536}"#,
+        r#"{"addr":"0x2","bus":"pci.2","driver":"acpi-erst","id":"pstore0","memdev":"mempstore0"}"#,
+    ] {
+        assert!(
+            line.argv.iter().any(|it| it == word),
+            "{word}: {:#?}",
+            line.argv
+        );
+    }
+    // What stands against saving is told before the guest runs.
+    let warned: Vec<String> = line.warnings.iter().map(Unmodelled::to_string).collect();
+    assert!(
+        warned.iter().any(|it| it.contains("cannot be saved")),
+        "{warned:?}"
+    );
+}
+
+#[test]
 fn each_virtiofsd_is_told_in_its_own_words() {
     let memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
     let share = |more: &str| {

@@ -15,6 +15,7 @@ use super::platform::{
 };
 use super::shares::{Share, read_share};
 use super::sound::{Audio, Sound, read_audio, read_sound};
+use super::stores::{CryptoDevice, PersistentStore, read_crypto_device, read_persistent_store};
 use super::usb_devices::{
     Hub, Input, RedirectedDevice, RedirectionFilter, Smartcard, read_hub, read_input,
     read_redirected_device, read_redirection_filter, read_smartcard,
@@ -82,11 +83,13 @@ pub struct Devices {
     pub iommu: Option<Iommu>,
     /// `<vsock>`.
     pub vsock: Option<Vsock>,
+    /// `<crypto>`.
+    pub crypto_devices: Vec<CryptoDevice>,
+    /// `<pstore>`.
+    pub persistent_stores: Vec<PersistentStore>,
 }
 
 pub(super) fn read_devices(view: &View<'_>) -> Devices {
-    view.refuse_elements(&["crypto"], "virtio crypto devices are not modelled", None);
-    view.refuse_elements(&["pstore"], "persistent stores are not modelled", None);
     view.refuse_elements(&["nvram"], "an NVRAM device is not for x86", None);
     view.leave_out_elements(&["lease"], "leases are libvirt's lock manager's");
     Devices {
@@ -121,5 +124,7 @@ pub(super) fn read_devices(view: &View<'_>) -> Devices {
         memory_modules: view.each_some("memory", read_module),
         iommu: view.one_some("iommu", read_iommu),
         vsock: view.one("vsock", read_vsock),
+        crypto_devices: view.each_some("crypto", read_crypto_device),
+        persistent_stores: view.each_some("pstore", read_persistent_store),
     }
 }

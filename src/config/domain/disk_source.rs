@@ -226,8 +226,8 @@ fn read_image(view: &View<'_>, format: Option<ImageFormat>, is_top: bool) -> Opt
         source.ignore_elements(&["seclabel", "privateData"]);
         source.refuse_elements(
             &["encryption", "auth", "cookies"],
-            "secrets are not modelled",
-            None,
+            "its key or password is libvirt's secret, which nobody else can ask for",
+            Some("open it on the host (cryptsetup open, rbd map), and name the device with type='block'"),
         );
         source.refuse_elements(
             &["reservations"],

@@ -261,10 +261,14 @@ pub(super) fn read_disk(view: &View<'_>) -> Option<Disk> {
     );
     view.refuse_elements(
         &["encryption"],
-        "encrypted images need secrets, which are not modelled",
-        None,
+        "its key is libvirt's secret, which nobody else can ask for",
+        Some("decrypt it on the host (cryptsetup open), and name the device with type='block'"),
     );
-    view.refuse_elements(&["auth"], "secrets are not modelled", None);
+    view.refuse_elements(
+        &["auth"],
+        "its password is libvirt's secret, which nobody else can ask for",
+        Some("let the host connect (rbd map, iscsiadm), and name the device with type='block'"),
+    );
     view.refuse_elements(
         &["throttlefilters"],
         "throttle groups are not modelled",

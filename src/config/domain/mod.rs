@@ -10,7 +10,7 @@
 //! | [`os`] [`memory`] [`cpu`] [`features`] | the machine |
 //! | [`devices`] | the list of devices |
 //! | [`disks`] [`disk_source`] | disks and where their bytes are |
-//! | [`controllers`] [`interfaces`] [`chardevs`] [`displays`] [`sound`] [`usb_devices`] [`shares`] [`hostdevs`] [`platform`] | the other devices |
+//! | [`controllers`] [`interfaces`] [`chardevs`] [`displays`] [`sound`] [`usb_devices`] [`shares`] [`hostdevs`] [`stores`] [`platform`] | the other devices |
 //! | [`address`] | what all devices have |
 //! | [`commandline`] | what is handed to QEMU past the model |
 //! | `view` `quantity` [`word`] | how elements, sizes and words are read |
@@ -34,6 +34,7 @@ pub mod os;
 pub mod platform;
 pub mod shares;
 pub mod sound;
+pub mod stores;
 pub mod usb_devices;
 pub mod word;
 

@@ -221,6 +221,18 @@ fn wanted(domain: &Domain) -> Vec<Named<'_>> {
         "vsock",
         devices.vsock.iter().map(|one| &one.info),
     );
+    numbered(
+        &mut all,
+        "crypto",
+        "crypto",
+        devices.crypto_devices.iter().map(|one| &one.info),
+    );
+    numbered(
+        &mut all,
+        "pstore",
+        "pstore",
+        devices.persistent_stores.iter().map(|one| &one.info),
+    );
     consoles(&mut all, domain);
     modules(&mut all, domain);
     all

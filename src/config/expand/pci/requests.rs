@@ -205,10 +205,16 @@ fn rest<'a>(domain: &'a Domain, all: &mut Vec<Request<'a>>) {
             push(all, "memory", number, &module.info, Connect::Express);
         }
     }
+    for (number, crypto) in devices.crypto_devices.iter().enumerate() {
+        push(all, "crypto", number, &crypto.info, Connect::Conventional);
+    }
     for (number, panic) in devices.panics.iter().enumerate() {
         if panic.model == Some(PanicModel::Pvpanic) {
             push(all, "panic", number, &panic.info, Connect::Root);
         }
+    }
+    for (number, store) in devices.persistent_stores.iter().enumerate() {
+        push(all, "pstore", number, &store.info, Connect::Conventional);
     }
 }
 
