@@ -368,7 +368,6 @@ fn the_domain_xml_of_a_guest_of_json_arguments() {
   <uuid>8e1c6dc5-5f4c-4d2c-9f37-4f6ff4d5c0a1</uuid>
   <metadata>
     <vmstow:unmodelled xmlns:vmstow="urn:vmstow:1">
-      <vmstow:property index="2">hv-time=on</vmstow:property>
       <vmstow:property index="12">mux=on,signal=off</vmstow:property>
     </vmstow:unmodelled>
   </metadata>
@@ -387,7 +386,9 @@ fn the_domain_xml_of_a_guest_of_json_arguments() {
     <topology sockets="2" cores="1" threads="1"/>
     <feature policy="require" name="aes"/>
   </cpu>
-  <clock offset="utc"/>
+  <clock offset="utc">
+    <timer name="hypervclock" present="yes"/>
+  </clock>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <disk type="file" device="disk">

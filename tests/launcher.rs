@@ -19,14 +19,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde_json::{Value, json};
 use stand_ins::Stage;
 use support::{PATIENCE, Qemu, TestDir, testdata, wait_until};
-use vmstow::config::domain::Domain;
 use vmstow::config::domain::disk_source::{DiskImage, Location};
 use vmstow::config::domain::disks::DiskDevice;
+use vmstow::config::domain::{Domain, DomainType};
 use vmstow::config::expand::{CpuExpansion, Firmware, FirmwareDescriptor, HostKnowledge, expand};
 use vmstow::config::xml::Document;
 use vmstow::config::{
-    Arguments, CommandContext, CommandLine, ConfigError, ResourceKind, ResourceTable,
-    RestoreContext, command_line, remap, restore_arguments,
+    Arguments, CommandContext, CommandLine, ConfigError, DomainFacts, ResourceKind, ResourceTable,
+    RestoreContext, command_line, domain_xml, remap, restore_arguments,
 };
 
 /// Domains that QEMU 7.2 cannot run, and why.
@@ -44,6 +44,30 @@ const NOT_7_2: [(&str, &str); 7] = [
     ),
     ("net-models", "igb came with 8.0"),
     ("sound-virtio", "virtio sound came with 8.2"),
+];
+
+/// Domains that arguments do not tell whole, and what they cannot tell or what is not written.
+const NOT_TOLD: [(&str, &str); 8] = [
+    ("bios-rom-loader", "that the BIOS speaks to a serial port"),
+    (
+        "disk-throttled",
+        "throttle nodes, which are QEMU's arguments still",
+    ),
+    ("memory-file", "that equal pages are not merged"),
+    (
+        "memory-hotplug",
+        "memory modules, which are QEMU's arguments still",
+    ),
+    (
+        "memory-nvdimm",
+        "memory modules, which are QEMU's arguments still",
+    ),
+    (
+        "memory-virtio-mem",
+        "memory modules, which are QEMU's arguments still",
+    ),
+    ("qemu-override", "properties that libvirt has no words for"),
+    ("sound-cards", "that the PC speaker is heard"),
 ];
 
 /// What the goldens are made for: values of no host in particular.
@@ -86,6 +110,105 @@ fn firmware(name: &str, code: &str, variables: &str, features: &[&str]) -> Firmw
         path: format!("/usr/share/qemu/firmware/{name}"),
         descriptor: serde_json::from_value::<FirmwareDescriptor>(descriptor).unwrap(),
     }
+}
+
+/// What the guest sees of a command line, an argument a line: names of things on the host's side are left out.
+fn seen(line: &CommandLine) -> Vec<String> {
+    const GUESTS: [&str; 8] = [
+        "device", "cpu", "smp", "numa", "m", "machine", "global", "smbios",
+    ];
+    const NAMES: [&str; 9] = [
+        "id",
+        "drive",
+        "netdev",
+        "chardev",
+        "memdev",
+        "audiodev",
+        "fsdev",
+        "rng",
+        "device_id",
+    ];
+    let arguments = Arguments::parse(&line.argv).unwrap().items.into_iter();
+    let guests = arguments.filter(|item| GUESTS.contains(&item.name().unwrap_or_default()));
+    let mut seen: Vec<String> = guests
+        .map(|item| {
+            let leaves = item.properties().leaves().into_iter();
+            let mut leaves: Vec<String> = leaves
+                .filter(|(key, _)| !NAMES.contains(&key.as_str()))
+                // One of which nothing was said.
+                .filter(|(key, value)| {
+                    !(["dies", "clusters"].contains(&key.as_str()) && value == "1")
+                })
+                .map(|(key, value)| format!("{key}={}", value.replace("ua-", "")))
+                .collect();
+            leaves.sort();
+            format!("-{} {}", item.name().unwrap(), leaves.join(","))
+        })
+        .collect();
+    seen.sort();
+    seen
+}
+
+/// The XML that is made of a domain's arguments, as a save makes it.
+fn told(domain: &Domain, line: &CommandLine) -> String {
+    let arguments = Arguments::parse(&line.argv).unwrap();
+    let machine_type = domain.os.machine.clone().unwrap();
+    let resources = ResourceTable::from_arguments(&arguments, Some(&machine_type));
+    let facts = DomainFacts {
+        name: domain.name.clone(),
+        uuid: domain.uuid,
+        memory_bytes: domain.memory.total,
+        vcpus: domain.vcpus.at_boot(),
+        max_vcpus: domain.vcpus.max,
+        topology: None,
+        machine_type,
+        accelerator: if domain.kind == DomainType::Kvm {
+            "kvm"
+        } else {
+            "tcg"
+        }
+        .to_owned(),
+        emulator: line.argv[0].clone(),
+        directory: "/".to_owned(),
+        places: Default::default(),
+    };
+    domain_xml(&arguments, &resources, &facts)
+}
+
+#[test]
+fn the_arguments_of_a_domain_tell_that_domain() {
+    let context = CommandContext {
+        is_trusted: true,
+        ..CommandContext::new("/run/g")
+    };
+    let mut wrong = String::new();
+    for name in domain_names() {
+        if NOT_TOLD.iter().any(|(not_told, _)| *not_told == name) {
+            continue;
+        }
+        let Ok(first) = line(&name, "/run/g") else {
+            continue;
+        };
+        let xml = told(&domain(&name).unwrap(), &first);
+        let document = Document::parse(xml.as_bytes()).unwrap();
+        let second =
+            expand(&document, &knowledge()).and_then(|again| command_line(&again.domain, &context));
+        let second = match second {
+            Ok(second) => second,
+            Err(error) => {
+                writeln!(wrong, "{name}: {error}").unwrap();
+                continue;
+            }
+        };
+        let (first, second) = (seen(&first), seen(&second));
+        for lost in first.iter().filter(|it| !second.contains(it)) {
+            writeln!(wrong, "{name}: lost {lost}").unwrap();
+        }
+        for new in second.iter().filter(|it| !first.contains(it)) {
+            writeln!(wrong, "{name}: new {new}").unwrap();
+        }
+    }
+    assert_eq!(wrong, "", "\n{wrong}");
 }
 
 fn domain_names() -> Vec<String> {

@@ -47,6 +47,62 @@ const I440FX: &str = r#"
     <watchdog model="i6300esb"/>
   </devices>"#;
 
+/// What fewer guests have: NUMA cells, what Windows is told, companion USB controllers, a share, a disk on another host.
+const RARE: &str = r#"
+  <os><type arch="x86_64" machine="pc-q35-10.0">hvm</type></os>
+  <features><acpi/><hyperv><relaxed state="on"/><spinlocks state="on" retries="8191"/><vendor_id state="on" value="vmstow"/></hyperv><pmu state="off"/></features>
+  <cpu mode="custom" match="exact">
+    <model>qemu64</model><topology sockets="2" cores="1" threads="1"/>
+    <numa>
+      <cell id="0" cpus="0" memory="32" unit="MiB"><distances><sibling id="1" value="21"/></distances></cell>
+      <cell id="1" cpus="1" memory="32" unit="MiB"><distances><sibling id="0" value="21"/></distances></cell>
+    </numa>
+  </cpu>
+  <clock offset="utc"><timer name="hypervclock" present="yes"/></clock>
+  <devices>
+    <disk type="network" device="disk"><driver name="qemu" type="raw" cache="writeback"/>
+      <source protocol="nbd" name="counter"><host transport="unix" socket="NBD"/></source><target dev="vda" bus="virtio"/></disk>
+    <controller type="usb" index="0" model="ich9-ehci1"/>
+    <controller type="usb" index="0" model="ich9-uhci1"><master startport="0"/></controller>
+    <controller type="usb" index="0" model="ich9-uhci2"><master startport="2"/></controller>
+    <controller type="usb" index="0" model="ich9-uhci3"><master startport="4"/></controller>
+    <filesystem type="mount" accessmode="mapped"><source dir="SHARE"/><target dir="files"/></filesystem>
+    <serial type="file"><source path="SERIAL" append="on"/></serial>
+    <input type="tablet" bus="usb"/>
+    <pstore backend="acpi-erst"><path>STORE</path><size unit="KiB">64</size></pstore>
+  </devices>"#;
+
+/// A server of a disk, which ends with this.
+struct Nbd(Child);
+
+impl Nbd {
+    fn serve(dir: &TestDir, disk: &str) -> Self {
+        let socket = dir.join("nbd.sock");
+        let child = Command::new("qemu-nbd")
+            .args([
+                "--persistent",
+                "--shared=4",
+                "--format=raw",
+                "--export-name=counter",
+            ])
+            .arg(format!("--socket={}", socket.display()))
+            .arg(dir.join(disk))
+            .spawn()
+            .expect("qemu-nbd (Debian package qemu-utils)");
+        wait_until("the server of the disk", PATIENCE, || {
+            socket.exists().then_some(()).ok_or("no socket".to_owned())
+        });
+        Nbd(child)
+    }
+}
+
+impl Drop for Nbd {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A QEMU started by hand, which ends with this.
 struct Hand {
     child: Child,
@@ -111,21 +167,28 @@ fn sections(manifest: &Value) -> Vec<String> {
     names
 }
 
-fn comes_back_by_its_xml_alone(devices: &str) {
+fn comes_back_by_its_xml_alone(devices: &str, vcpus: u32) {
     let dir = TestDir::new();
+    std::fs::create_dir(dir.join("share")).unwrap();
     std::fs::copy(
         support::testdata("guests/counter.img"),
         dir.join("disk.img"),
     )
     .unwrap();
+    let _server = devices
+        .contains("NBD")
+        .then(|| Nbd::serve(&dir, "disk.img"));
     let at = |name: &str| dir.join(name).display().to_string();
     let xml = format!(
-        "<domain type=\"qemu\"><name>web01</name><memory unit=\"MiB\">64</memory><vcpu>1</vcpu>{devices}</domain>"
+        "<domain type=\"qemu\"><name>web01</name><memory unit=\"MiB\">64</memory><vcpu>{vcpus}</vcpu>{devices}</domain>"
     );
     let xml = xml
         .replace("DISK", &at("disk.img"))
         .replace("SERIAL", &at("serial"))
-        .replace("VNC", &at("vnc.sock"));
+        .replace("VNC", &at("vnc.sock"))
+        .replace("NBD", &at("nbd.sock"))
+        .replace("SHARE", &at("share"))
+        .replace("STORE", &at("store"));
     std::fs::write(dir.join("web01.xml"), xml).unwrap();
     let guest = Hand::start(&dir, "web01.xml", &[]);
     guest.qmp().command("cont", json!({}));
@@ -161,10 +224,15 @@ fn comes_back_by_its_xml_alone(devices: &str) {
 
 #[test]
 fn a_q35_guest_comes_back_by_its_xml_alone() {
-    comes_back_by_its_xml_alone(Q35);
+    comes_back_by_its_xml_alone(Q35, 1);
 }
 
 #[test]
 fn an_i440fx_guest_comes_back_by_its_xml_alone() {
-    comes_back_by_its_xml_alone(I440FX);
+    comes_back_by_its_xml_alone(I440FX, 1);
+}
+
+#[test]
+fn a_guest_with_rare_devices_comes_back_by_its_xml_alone() {
+    comes_back_by_its_xml_alone(RARE, 2);
 }

@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 
 use super::Story;
-use super::devices::{VIRTIO_PROPERTIES, alias, virtio_attributes};
+use super::devices::{VIRTIO_PROPERTIES, alias, iothread, virtio_attributes};
 use crate::config::properties::Properties;
 use crate::config::xml::Element;
+
+/// A controller: its argument, properties, type, model, index.
+type NumberedController = (usize, Properties, &'static str, &'static str, u32);
 
 impl Story<'_> {
     pub(super) fn controllers(&mut self) -> Vec<Element> {
@@ -24,31 +27,41 @@ impl Story<'_> {
                 .attribute("type", kind)
                 .attribute("index", number)
                 .attribute_if("model", Some(model).filter(|model| !model.is_empty()));
+            let first_port = device.get("firstport");
+            let master = first_port.map(|port| Element::new("master").attribute("startport", port));
             let ports = match (device.get("p2"), device.get("p3")) {
                 (Some(p2), Some(p3)) if p2 == p3 => Some(p2),
                 _ => device.get("max_ports"),
             };
-            let target = ["chassis", "port", "chassis_nr", "hotplug"]
+            let target = ["chassis", "port", "chassis_nr", "hotplug", "bus_nr"]
                 .iter()
-                .any(|key| device.get(key).is_some());
+                .any(|key| kind == "pci" && device.get(key).is_some());
             let target = target.then(|| {
                 Element::new("target")
                     .attribute_if("chassisNr", device.get("chassis_nr"))
                     .attribute_if("chassis", device.get("chassis"))
                     .attribute_if("port", device.get("port"))
                     .attribute_if("hotplug", device.get("hotplug"))
+                    .attribute_if("busNr", device.get("bus_nr"))
+                    .children(
+                        device
+                            .get("numa_node")
+                            .map(|node| Element::with_text("node", node)),
+                    )
             });
             let driver = Element::new("driver")
                 .attribute_if("queues", device.get("num_queues"))
                 .attribute_if("cmd_per_lun", device.get("cmd_per_lun"))
                 .attribute_if("max_sectors", device.get("max_sectors"))
-                .attribute_if("ioeventfd", device.get("ioeventfd"));
+                .attribute_if("ioeventfd", device.get("ioeventfd"))
+                .attribute_if("iothread", iothread(&device));
             let driver = virtio_attributes(driver, &device);
             found.push(
                 element
                     .attribute_if("ports", ports)
                     .attribute_if("vectors", device.get("vectors"))
                     .children(target)
+                    .children(master)
                     .children((!driver.attributes.is_empty()).then_some(driver))
                     // Devices know a USB bus by its controller's index.
                     .children(alias(&device).filter(|_| kind != "usb"))
@@ -67,17 +80,31 @@ impl Story<'_> {
     }
 
     /// Every controller among the devices: argument, properties, type, model, index.
-    fn numbered_controllers(&self) -> Vec<(usize, Properties, &'static str, &'static str, u32)> {
+    fn numbered_controllers(&self) -> Vec<NumberedController> {
         let mut numbers: BTreeMap<&'static str, u32> = BTreeMap::new();
         if self.arguments.has("usb") {
             numbers.insert("usb", 1);
         }
-        let mut found = Vec::new();
+        let mut found: Vec<NumberedController> = Vec::new();
         for (index, device) in self.all_devices() {
             let driver = device.get("driver").unwrap_or_default();
             let Some((_, kind, model)) = CONTROLLERS.iter().find(|known| known.0 == driver) else {
                 continue;
             };
+            // A companion is a part of its master.
+            if let Some(bus) = device.get("masterbus") {
+                let id_of = |device: &Properties| device.get("id").map(|id| format!("{id}.0"));
+                let mut masters = found.iter();
+                let master = masters.find(|one| id_of(&one.1).as_ref() == Some(&bus));
+                if let Some(number) = master.map(|master| master.4) {
+                    found.push((index, device, *kind, *model, number));
+                    continue;
+                }
+            }
+            if let Some(number) = self.own_number(&device, kind) {
+                found.push((index, device, *kind, *model, number));
+                continue;
+            }
             // Index 0 is the machine's own.
             let first = u32::from(*kind == "pci" || (*kind == "sata" && self.is_q35()));
             let number = numbers.entry(kind).or_insert(first);
@@ -85,6 +112,22 @@ impl Story<'_> {
             *number += 1;
         }
         found
+    }
+
+    /// The number in the id of a bridge, where all bridges are called as libvirt calls them: its bus is known by it.
+    fn own_number(&self, device: &Properties, kind: &str) -> Option<u32> {
+        let number = |id: Option<String>| id?.strip_prefix("pci.")?.parse::<u32>().ok();
+        let is_bridge = |device: &Properties| {
+            let driver = device.get("driver").unwrap_or_default();
+            CONTROLLERS
+                .iter()
+                .any(|known| known.0 == driver && known.1 == "pci")
+        };
+        let devices = self.all_devices().into_iter();
+        let mut bridges = devices.filter(|(_, device)| is_bridge(device));
+        let all_have_one =
+            bridges.all(|(_, bridge)| number(bridge.get("id")).is_some_and(|number| number > 0));
+        number(device.get("id")).filter(|_| kind == "pci" && all_have_one)
     }
 
     /// The address of a device, as far as its arguments tell it.
@@ -172,7 +215,12 @@ impl Story<'_> {
 }
 
 /// Properties that a controller's element tells.
-const PROPERTIES: [&str; 17] = [
+const PROPERTIES: [&str; 22] = [
+    "bus_nr",
+    "numa_node",
+    "iothread",
+    "masterbus",
+    "firstport",
     "driver",
     "id",
     "bus",
@@ -192,7 +240,9 @@ const PROPERTIES: [&str; 17] = [
     "ioeventfd",
 ];
 
-const CONTROLLERS: [(&str, &str, &str); 16] = [
+const CONTROLLERS: [(&str, &str, &str); 30] = [
+    ("pxb", "pci", "pci-expander-bus"),
+    ("pxb-pcie", "pci", "pcie-expander-bus"),
     ("pcie-root-port", "pci", "pcie-root-port"),
     ("pci-bridge", "pci", "pci-bridge"),
     ("pcie-pci-bridge", "pci", "pcie-to-pci-bridge"),
@@ -203,9 +253,29 @@ const CONTROLLERS: [(&str, &str, &str); 16] = [
     ("nec-usb-xhci", "usb", "nec-xhci"),
     ("piix3-usb-uhci", "usb", "piix3-uhci"),
     ("usb-ehci", "usb", "ehci"),
+    ("piix4-usb-uhci", "usb", "piix4-uhci"),
+    ("vt82c686b-usb-uhci", "usb", "vt82c686b-uhci"),
+    ("pci-ohci", "usb", "pci-ohci"),
+    ("ich9-usb-ehci1", "usb", "ich9-ehci1"),
+    ("ich9-usb-uhci1", "usb", "ich9-uhci1"),
+    ("ich9-usb-uhci2", "usb", "ich9-uhci2"),
+    ("ich9-usb-uhci3", "usb", "ich9-uhci3"),
     ("ahci", "sata", ""),
     ("virtio-scsi-pci", "scsi", "virtio-scsi"),
     ("lsi", "scsi", "lsilogic"),
+    ("mptsas1068", "scsi", "lsisas1068"),
+    ("megasas", "scsi", "lsisas1078"),
+    ("pvscsi", "scsi", "vmpvscsi"),
+    (
+        "virtio-scsi-pci-transitional",
+        "scsi",
+        "virtio-transitional",
+    ),
+    (
+        "virtio-scsi-pci-non-transitional",
+        "scsi",
+        "virtio-non-transitional",
+    ),
     ("virtio-serial-pci", "virtio-serial", ""),
     ("virtio-serial", "virtio-serial", ""),
     ("usb-ccid", "ccid", ""),

@@ -13,12 +13,14 @@ impl Story<'_> {
         let emulator = Element::with_text("emulator", &self.facts.emulator);
         let disks = self.disks();
         let controllers = self.controllers();
+        let shares = self.shares();
         let interfaces = self.interfaces();
         let ports = self.ports();
         let inputs = self.simple("input", &INPUTS);
+        let hubs = self.simple("hub", &HUBS);
         let tpms = self.tpms();
         let graphics = self.graphics();
-        let sounds = self.simple("sound", &SOUNDS);
+        let mut sounds = self.simple("sound", &SOUNDS);
         let codecs = self.codecs();
         let audios = self.audios();
         let videos = self.videos();
@@ -27,13 +29,15 @@ impl Story<'_> {
         let panics = self.simple("panic", &PANICS);
         let vsocks = self.simple("vsock", &VSOCKS);
         let balloon = self.balloon();
-        self.tell_codecs(codecs, &sounds);
+        self.tell_codecs(codecs, &mut sounds);
         Element::new("devices")
             .child(emulator)
             .children(disks)
             .children(controllers)
+            .children(shares)
             .children(interfaces)
             .children(ports)
+            .children(hubs)
             .children(inputs)
             .children(tpms)
             .children(graphics)
@@ -43,7 +47,9 @@ impl Story<'_> {
             .children(watchdogs)
             .children(rngs)
             .children(panics)
+            .children(self.hyperv_panic())
             .children(vsocks)
+            .children(self.stores())
             .child(balloon)
     }
 
@@ -64,82 +70,6 @@ impl Story<'_> {
     pub(super) fn device_with(&self, key: &str, value: &str) -> Option<Device> {
         let mut devices = self.all_devices().into_iter();
         devices.find(|(_, device)| device.get(key).as_deref() == Some(value))
-    }
-
-    fn interfaces(&mut self) -> Vec<Element> {
-        let resources = self.resources;
-        let mut found = Vec::new();
-        for resource in resources.of(ResourceKind::Nic) {
-            let Some(index) = resource.argument else {
-                continue;
-            };
-            let Some(argument) = self.arguments.items.get(index) else {
-                continue;
-            };
-            let (kind, source) = match resource.backend.kind.as_str() {
-                "user" => ("user", None),
-                "bridge" => (
-                    "bridge",
-                    Some(
-                        Element::new("source")
-                            .attribute_if("bridge", resource.backend.interface.as_ref()),
-                    ),
-                ),
-                "tap" => ("ethernet", None),
-                _ => continue,
-            };
-            let net = argument.properties();
-            let device = match argument.name() {
-                Some("netdev") => match self.device_with("netdev", &resource.id) {
-                    Some(device) => Some(device),
-                    None => continue,
-                },
-                _ => None,
-            };
-            let frontend = device.as_ref().map_or(&net, |(_, device)| device);
-            let model = frontend
-                .get_any(&["driver", "model"])
-                .map(|model| nic_model(&model).to_owned());
-            let target = resource
-                .backend
-                .interface
-                .as_ref()
-                .filter(|_| kind == "ethernet");
-            let mac = frontend.get_any(&["mac", "macaddr"]);
-            let written = Element::new("interface")
-                .attribute("type", kind)
-                .children(mac.map(|mac| Element::new("mac").attribute("address", mac)))
-                .children(source)
-                .children(target.map(|name| {
-                    Element::new("target")
-                        .attribute("dev", name)
-                        .attribute("managed", "no")
-                }))
-                .children(model.map(|model| Element::new("model").attribute("type", model)))
-                .children(nic_driver(frontend, &net))
-                .children(
-                    frontend
-                        .get("host_mtu")
-                        .map(|size| Element::new("mtu").attribute("size", size)),
-                )
-                .children(self.boot_order(frontend))
-                .children(alias(frontend).filter(|_| device.is_some()))
-                .children(self.address(frontend).filter(|_| device.is_some()));
-            found.push(written);
-            self.tell(
-                index,
-                &net,
-                &[
-                    "type", "id", "br", "ifname", "model", "mac", "macaddr", "vhost", "queues",
-                ],
-            );
-            // No script is what an interface without one has.
-            self.forgive(index, &["script=no", "downscript=no"]);
-            if let Some((index, device)) = device {
-                self.tell(index, &device, &NIC_PROPERTIES);
-            }
-        }
-        found
     }
 
     fn graphics(&mut self) -> Vec<Element> {
@@ -222,7 +152,14 @@ impl Story<'_> {
                     .attribute_if("vram64", kib("vram64_size_mb"))
                     .attribute_if("vgamem", vgamem)
                     .attribute_if("heads", device.get("max_outputs"))
+                    .attribute_if("blob", device.get("blob"))
                     .attribute_if("primary", (driver == "qxl-vga").then_some("yes"));
+                let size = device.get("xres").zip(device.get("yres"));
+                let model = model.children(size.map(|(x, y)| {
+                    Element::new("resolution")
+                        .attribute("x", x)
+                        .attribute("y", y)
+                }));
                 let written = Element::new("video").child(model).children(alias(&device));
                 found.push(written.children(self.address(&device)));
                 let known: &[&str] = match is_qxl {
@@ -230,7 +167,8 @@ impl Story<'_> {
                     false => &[],
                 };
                 let common = ["driver", "id", "bus", "addr", "vgamem_mb", "max_outputs"];
-                self.tell(index, &device, &[&common[..], known].concat());
+                let common = [&common[..], &["blob", "xres", "yres"]].concat();
+                self.tell(index, &device, &[&common, known].concat());
             }
         }
         let is_given = self.arguments.has("vga");
@@ -283,7 +221,7 @@ impl Story<'_> {
         found
     }
 
-    fn object(&self, id: &str) -> Option<Device> {
+    pub(super) fn object(&self, id: &str) -> Option<Device> {
         let objects = self.arguments.options("object");
         let mut objects = objects.map(|(index, object)| (index, object.properties()));
         objects.find(|(_, object)| object.get("id").as_deref() == Some(id))
@@ -406,16 +344,23 @@ impl Story<'_> {
         codecs.collect()
     }
 
-    /// A codec is what its card has without being told, if it is the usual one.
-    fn tell_codecs(&mut self, codecs: Vec<(usize, Properties, String)>, cards: &[Element]) {
-        for (index, device, card) in codecs {
-            let alias = format!("ua-{card}");
-            let has_card = cards.iter().any(|card| {
-                let name = card.find("alias").and_then(|it| it.get("name"));
-                name == Some(alias.as_str())
-            });
-            if has_card && device.get("driver").as_deref() == Some("hda-duplex") {
-                self.told.insert(index);
+    /// Tells codecs by their cards; the usual one is what a card has without being told.
+    fn tell_codecs(&mut self, codecs: Vec<(usize, Properties, String)>, cards: &mut [Element]) {
+        for card in cards {
+            let name = card.find("alias").and_then(|it| it.get("name"));
+            let Some(id) = name.and_then(|name| name.strip_prefix("ua-")) else {
+                continue;
+            };
+            let own = codecs.iter().filter(|(_, _, card)| card == id);
+            let kinds = own.clone().filter_map(|(_, codec, _)| codec.get("driver"));
+            let kinds: Vec<String> = kinds.collect();
+            self.told.extend(own.map(|(index, _, _)| *index));
+            if kinds == ["hda-duplex"] {
+                continue;
+            }
+            for kind in kinds {
+                let kind = kind.trim_start_matches("hda-").to_owned();
+                card.push(Element::new("codec").attribute("type", kind));
             }
         }
     }
@@ -485,6 +430,8 @@ const INPUTS: [Row; 6] = [
     ),
 ];
 
+const HUBS: [Row; 1] = [("usb-hub", &[("type", "usb")], &[])];
+
 const BALLOONS: [Row; 2] = [
     (
         "virtio-balloon-pci",
@@ -530,29 +477,6 @@ const VSOCKS: [Row; 1] = [(
 /// What `<driver>` says of every virtio device.
 pub(super) const VIRTIO_PROPERTIES: [&str; 4] = ["iommu_platform", "ats", "packed", "page-per-vq"];
 
-const NIC_PROPERTIES: [&str; 20] = [
-    "driver",
-    "id",
-    "netdev",
-    "mac",
-    "bus",
-    "addr",
-    "bootindex",
-    "host_mtu",
-    "mq",
-    "vectors",
-    "rx_queue_size",
-    "tx_queue_size",
-    "ioeventfd",
-    "event_idx",
-    "rss",
-    "hash",
-    "iommu_platform",
-    "ats",
-    "packed",
-    "page-per-vq",
-];
-
 /// `<driver>` of a virtio device, if there is something to say.
 pub(super) fn virtio_driver(device: &Properties) -> Option<Element> {
     let driver = virtio_attributes(Element::new("driver"), device);
@@ -567,19 +491,10 @@ pub(super) fn virtio_attributes(driver: Element, device: &Properties) -> Element
         .attribute_if("page_per_vq", device.get("page-per-vq"))
 }
 
-fn nic_driver(frontend: &Properties, net: &Properties) -> Option<Element> {
-    let is_vhost = net.is_on("vhost").then_some("vhost");
-    let driver = Element::new("driver")
-        .attribute_if("name", is_vhost)
-        .attribute_if("ioeventfd", frontend.get("ioeventfd"))
-        .attribute_if("event_idx", frontend.get("event_idx"))
-        .attribute_if("queues", net.get("queues"))
-        .attribute_if("rx_queue_size", frontend.get("rx_queue_size"))
-        .attribute_if("tx_queue_size", frontend.get("tx_queue_size"))
-        .attribute_if("rss", frontend.get("rss"))
-        .attribute_if("rss_hash_report", frontend.get("hash"));
-    let driver = virtio_attributes(driver, frontend);
-    (!driver.attributes.is_empty()).then_some(driver)
+/// The number of the I/O thread of a device, if that is called as libvirt calls it.
+pub(super) fn iothread(device: &Properties) -> Option<u32> {
+    let id = device.get("iothread")?;
+    id.strip_prefix("iothread")?.parse().ok()
 }
 
 /// `audio1` → 1.
@@ -616,15 +531,6 @@ const VIDEOS: [(&str, &str); 9] = [
     ("ramfb", "ramfb"),
     ("qxl", "qxl"),
 ];
-
-fn nic_model(driver: &str) -> &str {
-    match driver {
-        "virtio-net-pci" | "virtio-net" => "virtio",
-        "virtio-net-pci-transitional" => "virtio-transitional",
-        "virtio-net-pci-non-transitional" => "virtio-non-transitional",
-        other => other,
-    }
-}
 
 /// libvirt takes an id of somebody else's choice only with this prefix.
 pub(super) fn alias(device: &Properties) -> Option<Element> {

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::Story;
-use super::devices::{Device, VIRTIO_PROPERTIES, alias, virtio_attributes};
+use super::devices::{Device, VIRTIO_PROPERTIES, alias, iothread, virtio_attributes};
+use super::{Story, network_disks};
 use crate::config::resources::{Resource, ResourceKind};
 use crate::config::xml::Element;
 
@@ -76,7 +76,14 @@ impl Story<'_> {
                     .get("node-name")
                     .is_some_and(|name| names.contains(&name));
                 if (is_it || *index == protocol) && !self.told.contains(index) {
-                    self.tell(*index, node, &[&NODE[..], &["file.filename"]].concat());
+                    let leaves = node.leaves();
+                    let mut known = [&NODE[..], &["file.filename"]].concat();
+                    if network_disks::source(node).is_some() {
+                        known.extend(network_disks::PROPERTIES);
+                        let servers = leaves.iter().map(|(key, _)| key.as_str());
+                        known.extend(servers.filter(|key| network_disks::is_of_server(key)));
+                    }
+                    self.tell(*index, node, &known);
                     names.extend(node.get("file"));
                 }
             }
@@ -85,7 +92,7 @@ impl Story<'_> {
 
     pub(super) fn disks(&mut self) -> Vec<Element> {
         let resources = self.resources;
-        let mut letters: BTreeMap<&'static str, u8> = BTreeMap::new();
+        let mut letters: BTreeMap<&'static str, u32> = BTreeMap::new();
         let mut found = Vec::new();
         for resource in &resources.resources {
             let device = match resource.kind {
@@ -97,11 +104,12 @@ impl Story<'_> {
             let Some((bus, prefix)) = self.disk_bus(resource) else {
                 continue;
             };
-            let Some(source) = disk_source(resource) else {
+            let Some(source) = disk_source(resource).or_else(|| self.network_source(resource))
+            else {
                 continue;
             };
             let letter = letters.entry(prefix).or_default();
-            let target = format!("{prefix}{}", char::from(b'a' + (*letter).min(25)));
+            let target = format!("{prefix}{}", in_letters(*letter));
             *letter += 1;
             self.tell_block(resource);
             let user = self.disk_device(resource);
@@ -135,7 +143,7 @@ impl Story<'_> {
     }
 
     /// Drives that have never had a medium: no argument but their own tells of them.
-    fn empty_drives(&mut self, letters: &mut BTreeMap<&'static str, u8>) -> Vec<Element> {
+    fn empty_drives(&mut self, letters: &mut BTreeMap<&'static str, u32>) -> Vec<Element> {
         let mut found = Vec::new();
         for (index, device) in self.all_devices() {
             let (kind, bus, prefix) = match device.get("driver").as_deref() {
@@ -149,7 +157,7 @@ impl Story<'_> {
                 continue;
             }
             let letter = letters.entry(prefix).or_default();
-            let name = format!("{prefix}{}", char::from(b'a' + (*letter).min(25)));
+            let name = format!("{prefix}{}", in_letters(*letter));
             *letter += 1;
             let target = Element::new("target")
                 .attribute("dev", name)
@@ -173,6 +181,14 @@ impl Story<'_> {
         found
     }
 
+    /// The source of a disk that lies on another host.
+    fn network_source(&self, resource: &Resource) -> Option<(&'static str, Option<Element>)> {
+        let argument = self.arguments.items.get(resource.argument?)?;
+        let node = argument.properties();
+        let source = network_disks::source(&node).filter(|_| argument.name() == Some("blockdev"));
+        Some(("network", Some(source?)))
+    }
+
     fn disk_device(&self, resource: &Resource) -> Option<Device> {
         let names = std::iter::once(&resource.id).chain(&resource.aliases);
         let mut found = names.filter_map(|name| {
@@ -187,6 +203,10 @@ impl Story<'_> {
         let format = resource.backend.format.as_deref();
         let format = match format {
             Some("file" | "host_device" | "host_cdrom") => Some("raw"),
+            // A node that reads from another host has no format of its own.
+            Some("nbd" | "http" | "https" | "ftp" | "ftps" | "iscsi" | "rbd" | "nfs" | "ssh") => {
+                Some("raw")
+            }
             other => other,
         };
         let file = resource
@@ -208,13 +228,14 @@ impl Story<'_> {
             (false, false) if has_write_cache => Some("writeback"),
             (false, false) => Some("writethrough"),
         };
-        let iothread = of_device("iothread");
-        let iothread = iothread.and_then(|id| Some(id.strip_prefix("iothread")?.to_owned()));
+        let iothread = device.and_then(iothread);
         let has_format = format.is_some();
         let driver = Element::new("driver")
             .attribute_if("name", has_format.then_some("qemu"))
             .attribute_if("type", format)
             .attribute_if("cache", cache)
+            .attribute_if("error_policy", of_device("werror"))
+            .attribute_if("rerror_policy", of_device("rerror"))
             .attribute_if("io", of_file("aio"))
             .attribute_if("iothread", iothread)
             .attribute_if("queues", of_device("num-queues"))
@@ -246,7 +267,20 @@ impl Story<'_> {
     }
 }
 
-const DISK_PROPERTIES: [&str; 25] = [
+/// 0 is `a`, 25 `z`, 26 `aa`.
+fn in_letters(number: u32) -> String {
+    let letter = |number: u32| (b'a'..=b'z').nth((number % 26) as usize).map(char::from);
+    let before = (number / 26).checked_sub(1).map(in_letters);
+    let mut letters = before.unwrap_or_default();
+    letters.extend(letter(number));
+    letters
+}
+
+const DISK_PROPERTIES: [&str; 29] = [
+    "werror",
+    "rerror",
+    "share-rw",
+    "wwn",
     "driver",
     "id",
     "drive",
@@ -314,6 +348,10 @@ fn disk(
         .attribute_if("logical_block_size", get("logical_block_size"))
         .attribute_if("physical_block_size", get("physical_block_size"))
         .attribute_if("discard_granularity", get("discard_granularity"));
+    let wwn = get("wwn").and_then(|wwn| match wwn.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => wwn.parse().ok(),
+    });
     let text = |name: &'static str| get(name).map(|text| Element::with_text(name, text));
     Element::new("disk")
         .attribute("type", kind)
@@ -323,7 +361,9 @@ fn disk(
         .children((!block.attributes.is_empty()).then_some(block))
         .child(target)
         .children((resource.read_only || device == "cdrom").then(|| Element::new("readonly")))
+        .children((get("share-rw").as_deref() == Some("on")).then(|| Element::new("shareable")))
         .children(text("serial"))
+        .children(wwn.map(|wwn| Element::with_text("wwn", format!("{wwn:016x}"))))
         .children(text("vendor"))
         .children(text("product"))
         .children(told.boot)

@@ -9,6 +9,54 @@ use crate::config::xml::Element;
 /// The id of the backend of main memory, which is the name of its RAMBlock too.
 const MAIN_MEMORY: &str = "pc.ram";
 
+/// What is told of a memory backend.
+const MEMORY_PROPERTIES: [&str; 5] = [
+    "qom-type",
+    "id",
+    "size",
+    "share",
+    "x-use-canonical-path-for-ramblock-id",
+];
+
+/// A memory backend.
+pub(super) struct Memory {
+    /// Its bytes.
+    pub(super) size: u64,
+    /// Whether others see it.
+    pub(super) is_shared: bool,
+    /// libvirt's word for where it is; `None` for QEMU's own.
+    source: Option<&'static str>,
+}
+
+impl Memory {
+    fn of(object: &Properties) -> Option<Self> {
+        let source = match object.get("qom-type")?.as_str() {
+            "memory-backend-ram" => None,
+            "memory-backend-memfd" => Some("memfd"),
+            _ => return None,
+        };
+        Some(Memory {
+            size: memory_len(&object.get("size")?)?,
+            is_shared: object.is_on("share"),
+            source,
+        })
+    }
+}
+
+/// A size as QEMU takes it, in bytes where no unit is said.
+fn memory_len(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text.get(digits.len()..)?.to_ascii_uppercase().as_str() {
+        "" | "B" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
 impl Story<'_> {
     pub(super) fn machine_property(&self, key: &str) -> Option<String> {
         let mut machines = self.arguments.options("machine");
@@ -29,58 +77,19 @@ impl Story<'_> {
             let state = self.machine_property(key)?;
             Some(Element::new(name).attribute("state", if is_yes(&state) { "on" } else { "off" }))
         };
-        let rest = [switch("smm", "smm"), switch("vmport", "vmport")];
-        let all: Vec<Element> = acpi.into_iter().chain(rest.into_iter().flatten()).collect();
-        (!all.is_empty()).then(|| Element::new("features").children(all))
-    }
-
-    pub(super) fn cpu(&mut self) -> Option<Element> {
-        let topology = self.topology().map(|(sockets, cores, threads)| {
-            Element::new("topology")
-                .attribute("sockets", sockets)
-                .attribute("cores", cores)
-                .attribute("threads", threads)
-        });
-        let Some((index, argument)) = self.arguments.options("cpu").next_back() else {
-            return topology.map(|topology| Element::new("cpu").child(topology));
-        };
-        let properties = argument.properties();
-        let model = properties.get("model").unwrap_or_default();
-        let mut features = Vec::new();
-        let mut known = vec!["model".to_owned()];
-        for (key, value) in properties.leaves() {
-            let plain = key.strip_prefix(['+', '-']).unwrap_or(&key).to_owned();
-            let policy = match (key.chars().next(), value.as_str()) {
-                (Some('-'), _) | (_, "off" | "no" | "false") => "disable",
-                (Some('+'), _) | (_, "on" | "yes" | "true") => "require",
-                _ => continue,
+        let ioapic = self.machine_property("kernel_irqchip").and_then(|chip| {
+            let driver = match chip.as_str() {
+                "split" => "qemu",
+                "on" => "kvm",
+                _ => return None,
             };
-            // Switches of KVM and Hyper-V are no CPU features to libvirt.
-            if ["hv-", "hv_", "kvm", "migratable"]
-                .iter()
-                .any(|prefix| plain.starts_with(prefix))
-            {
-                continue;
-            }
-            features.push(
-                Element::new("feature")
-                    .attribute("policy", policy)
-                    .attribute("name", plain),
-            );
-            known.push(key);
-        }
-        let known: Vec<&str> = known.iter().map(String::as_str).collect();
-        self.tell(index, &properties, &known);
-        let cpu = match model.as_str() {
-            "host" => Element::new("cpu").attribute("mode", "host-passthrough"),
-            "max" => Element::new("cpu").attribute("mode", "maximum"),
-            _ => Element::new("cpu")
-                .attribute("mode", "custom")
-                .attribute("match", "exact")
-                .attribute("check", "none")
-                .child(Element::with_text("model", &model).attribute("fallback", "forbid")),
-        };
-        Some(cpu.children(topology).children(features))
+            Some(Element::new("ioapic").attribute("driver", driver))
+        });
+        let rest = [switch("smm", "smm"), switch("vmport", "vmport"), ioapic];
+        let all = acpi.into_iter().chain(self.hyperv());
+        let all = all.chain(self.kvm_features());
+        let all: Vec<Element> = all.chain(rest.into_iter().flatten()).collect();
+        (!all.is_empty()).then(|| Element::new("features").children(all))
     }
 
     pub(super) fn clock(&mut self) -> Element {
@@ -113,6 +122,7 @@ impl Story<'_> {
                 .attribute("name", "pit")
                 .attribute("tickpolicy", policy)
         }));
+        clock = clock.children(self.cpu_timers());
         clock.children(self.machine_property("hpet").map(|hpet| {
             Element::new("timer")
                 .attribute("name", "hpet")
@@ -162,67 +172,60 @@ impl Story<'_> {
         found
     }
 
-    fn smp(&self, key: &str) -> Option<u32> {
-        let (_, smp) = self.arguments.options("smp").next_back()?;
-        smp.properties().get(key)?.parse().ok()
-    }
-
-    fn topology(&self) -> Option<(u32, u32, u32)> {
-        let said = ["sockets", "cores", "threads"].map(|key| self.smp(key));
-        let [sockets, cores, threads] = said;
-        // Where one is left out QEMU chooses it, by rules that differ between machine types.
-        let all = sockets.zip(cores).zip(threads);
-        let all = all.map(|((sockets, cores), threads)| (sockets, cores, threads));
-        self.facts.topology.or(all)
-    }
-
-    pub(super) fn vcpu(&self) -> Element {
-        let facts = self.facts;
-        let max = facts.max_vcpus.max(self.smp("maxcpus").unwrap_or(0));
-        let max = max.max(facts.vcpus);
-        let current = (max != facts.vcpus).then_some(facts.vcpus);
-        Element::with_text("vcpu", max)
-            .attribute("placement", "static")
-            .attribute_if("current", current)
-    }
-
     /// Memory of another kind than QEMU's own; main memory in a backend of the usual name is told by its size.
     pub(super) fn memory_backing(&mut self) -> Option<Element> {
         let backend = self.machine_property("memory-backend");
-        let id = backend.filter(|id| id == MAIN_MEMORY)?;
+        let main = backend.filter(|id| id == MAIN_MEMORY);
+        let is_cell = |id: &str| {
+            id.strip_prefix("ram-node")
+                .is_some_and(|it| it.parse::<u32>().is_ok())
+        };
         let objects: Vec<(usize, Properties)> = self
             .arguments
             .options("object")
             .map(|(index, object)| (index, object.properties()))
             .collect();
-        let (index, object) = objects
-            .into_iter()
-            .find(|(_, object)| object.get("id").as_ref() == Some(&id))?;
-        let source = match object.get("qom-type")?.as_str() {
-            "memory-backend-ram" => None,
-            "memory-backend-memfd" => Some("memfd"),
-            _ => return None,
-        };
-        let access = object.is_on("share").then_some("shared");
-        let known = [
-            "qom-type",
-            "id",
-            "size",
-            "share",
-            "x-use-canonical-path-for-ramblock-id",
-        ];
-        self.tell(index, &object, &known);
-        for (index, argument) in self.arguments.options("machine") {
-            if argument.properties().get("memory-backend").is_some() {
-                self.forgive(index, &[&format!("memory-backend={id}")]);
+        let mut told = None;
+        for (index, object) in objects {
+            let id = object.get("id").unwrap_or_default();
+            let is_main = main.as_ref() == Some(&id);
+            if !is_main && !(is_cell(&id) && self.is_numa_memory(&id)) {
+                continue;
             }
+            let Some(memory) = Memory::of(&object) else {
+                continue;
+            };
+            self.tell(index, &object, &MEMORY_PROPERTIES);
+            for (index, argument) in self.arguments.options("machine") {
+                if is_main && argument.properties().get("memory-backend").is_some() {
+                    self.forgive(index, &[&format!("memory-backend={id}")]);
+                }
+            }
+            // A cell says itself that others see it.
+            let access = (memory.is_shared && is_main).then_some("shared");
+            told = told.or(Some((memory.source, access)));
         }
+        let (source, access) = told?;
         let of = |name: &'static str, key: &'static str, value: Option<&str>| {
             Some(Element::new(name).attribute(key, value?))
         };
         let told = [of("source", "type", source), of("access", "mode", access)];
         let told: Vec<Element> = told.into_iter().flatten().collect();
         (!told.is_empty()).then(|| Element::new("memoryBacking").children(told))
+    }
+
+    fn is_numa_memory(&self, id: &str) -> bool {
+        let mut numa = self.arguments.options("numa");
+        numa.any(|(_, numa)| numa.properties().get("memdev").as_deref() == Some(id))
+    }
+
+    /// The memory of this id, if it is of a kind that XML has words for.
+    pub(super) fn memory_of(&self, id: &str) -> Option<Memory> {
+        let mut objects = self
+            .arguments
+            .options("object")
+            .map(|(_, it)| it.properties());
+        Memory::of(&objects.find(|object| object.get("id").as_deref() == Some(id))?)
     }
 
     /// Threads of their own for disks, if they are called as libvirt calls them.
@@ -241,14 +244,38 @@ impl Story<'_> {
         (count > 0).then(|| Element::with_text("iothreads", count))
     }
 
+    /// How much memory there may be, with what is plugged in; libvirt wants NUMA cells for that.
+    pub(super) fn max_memory(&self) -> Option<Element> {
+        let (_, argument) = self.arguments.options("m").next_back()?;
+        if !self.arguments.has("numa") {
+            return None;
+        }
+        let memory = argument.properties();
+        let size = memory_len(&memory.get("maxmem")?)?;
+        let element = Element::with_text("maxMemory", size);
+        Some(
+            element
+                .attribute_if("slots", memory.get("slots"))
+                .attribute("unit", "b"),
+        )
+    }
+
     pub(super) fn on_reboot(&mut self) -> Option<Element> {
         self.take("no-reboot")
             .map(|_| Element::with_text("on_reboot", "destroy"))
     }
 
     pub(super) fn note_machine(&mut self) {
-        const KNOWN: [&str; 8] = [
-            "type", "accel", "acpi", "smm", "vmport", "pflash0", "pflash1", "hpet",
+        const KNOWN: [&str; 9] = [
+            "type",
+            "accel",
+            "acpi",
+            "smm",
+            "vmport",
+            "pflash0",
+            "pflash1",
+            "hpet",
+            "kernel_irqchip",
         ];
         for (index, argument) in self.arguments.options("machine") {
             self.tell(index, &argument.properties(), &KNOWN);
@@ -283,12 +310,17 @@ impl Story<'_> {
                         self.told.insert(index);
                     }
                 }
+                "m" if self.arguments.has("numa") => {
+                    self.tell(index, &argument.properties(), &["size", "slots", "maxmem"]);
+                }
                 "m" => self.tell(index, &argument.properties(), &["size"]),
                 "accel" => self.tell(index, &argument.properties(), &["accel"]),
                 "smp" => self.tell(
                     index,
                     &argument.properties(),
-                    &["cpus", "maxcpus", "sockets", "cores", "threads"],
+                    &[
+                        "cpus", "maxcpus", "sockets", "dies", "clusters", "cores", "threads",
+                    ],
                 ),
                 "overcommit" => {
                     self.tell(index, &argument.properties(), &[]);

@@ -8,11 +8,16 @@
 //! Source: libvirt's documentation of the domain format.
 
 mod controllers;
+mod cpu;
 mod devices;
 mod disks;
 mod identity;
+mod interfaces;
 mod machine;
+mod network_disks;
 mod ports;
+mod shares;
+mod stores;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -99,6 +104,7 @@ pub fn domain_xml(arguments: &Arguments, resources: &ResourceTable, facts: &Doma
         .child(Element::with_text("name", &facts.name))
         .children(uuid)
         .children(story.metadata())
+        .children(story.max_memory())
         .child(Element::with_text("memory", facts.memory_bytes).attribute("unit", "b"))
         .child(Element::with_text("currentMemory", facts.memory_bytes).attribute("unit", "b"))
         .children(memory_backing)

@@ -346,12 +346,23 @@ impl Graph {
 
     /// The argument that names the file below `node`, and the file.
     fn backend(&self, index: usize, node: &Properties) -> (usize, Backend) {
-        let format = node.get("driver");
+        // What only watches or slows what goes through it says nothing of the format.
+        const FILTERS: [&str; 3] = ["copy-on-read", "throttle", "blkdebug"];
+        let is_filter = |node: &Properties| {
+            let driver = node.get("driver").unwrap_or_default();
+            FILTERS.contains(&driver.as_str())
+        };
+        let mut format = node.get("driver");
         let (mut index, mut node) = (index, node);
         // A chain is at most as long as there are nodes: a loop in the arguments ends too.
         for _ in 0..self.nodes.len() {
             match node.get("file").and_then(|child| self.nodes.get(&child)) {
-                Some((below, child)) => (index, node) = (*below, child),
+                Some((below, child)) => {
+                    if is_filter(node) {
+                        format = child.get("driver");
+                    }
+                    (index, node) = (*below, child);
+                }
                 None => break,
             }
         }
