@@ -590,6 +590,37 @@ fn the_console_reads_sockets_and_logs_and_refuses_what_is_neither() {
     assert_eq!(text, Serial::at(dir.join("serial")).text());
 }
 
+// Displays.
+
+#[test]
+fn a_guest_with_spice_and_qxl_is_saved_and_goes_on() {
+    let dir = TestDir::new();
+    let devices =
+        "<channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>
+    <graphics type='spice'><listen type='socket'/></graphics>
+    <sound model='ich9'/>
+    <video><model type='qxl'/></video>";
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), devices);
+    dir.write("web.xml", &xml.replace("machine='pc'", "machine='q35'"));
+    let guest = dir.run(&["web.xml"]);
+    let serial = Serial::at(dir.join("serial"));
+    serial.wait_for_tick(3);
+    let spice = |guest: &Restored| guest.qmp().command("query-spice", json!({}));
+    assert_eq!(spice(&guest)["enabled"], true);
+    dir.json(&["save", "web", "web.stow"]);
+    guest.qemu.wait_for_exit();
+    let before = serial.mark();
+    let manifest = dir.json(&["inspect", "web.stow"])["manifest"].to_string();
+    assert!(manifest.contains("/qxl\""), "{manifest}");
+    let display = dir.join("display.sock");
+    let remap = format!("display:*=unix:{}", display.display());
+    let restored = dir.restore(&["web.stow", "--remap", &remap]);
+    serial.assert_goes_on(&before);
+    assert_eq!(spice(&restored)["enabled"], true);
+    assert!(display.exists());
+    dir.json(&["stop", "web"]);
+}
+
 // What works for a guest beside QEMU.
 
 #[test]

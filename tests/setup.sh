@@ -122,6 +122,22 @@ install_packages() {
     fi
 }
 
+# Installs QEMU's module for SPICE and QXL, which has to be of the same version as QEMU.
+install_spice() {
+    local package=qemu-system-modules-spice
+    if is_installed "$package"; then
+        return 0
+    fi
+    check_distribution "$package of QEMU 10"
+    [ "$(id -u)" = 0 ] || fail "not root, so $package was not installed; run this script as root"
+    if ! backports_are_known; then
+        add_backports
+        apt-get "${apt_options[@]}" update
+    fi
+    say "installing $package"
+    apt-get "${apt_options[@]}" install --no-install-recommends -t bookworm-backports "$package" >/dev/null
+}
+
 # Whether virsh is there and knows the `zstd` and `sparse` save images: 11.2 or later.
 has_libvirt_11() {
     local version
@@ -325,6 +341,7 @@ case $mode in
     ;;
 '')
     install_packages "${demo_packages[@]}" "${test_packages[@]}"
+    install_spice
     unpack_qemu_7_2
     unpack_sshd
     fetch_stream_readers
