@@ -11,6 +11,7 @@ pub mod layout;
 mod chunk_pages;
 mod chunk_table;
 mod chunks;
+mod data_spans;
 mod directory;
 mod edit;
 mod error;

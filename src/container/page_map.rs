@@ -145,11 +145,16 @@ impl Run {
         }
     }
 
+    /// Whether `page`, which is one of the run's, has bytes.
+    pub(super) fn has_data(&self, page: u64) -> bool {
+        let index = u32::try_from(page - self.first_page).unwrap_or(u32::MAX);
+        self.data.checked_shr(index).unwrap_or(0) & 1 == 1
+    }
+
     pub(super) fn locate(&self, page: u64) -> PageLocation {
         let index = u32::try_from(page - self.first_page).unwrap_or(u32::MAX);
-        let has_data = self.data.checked_shr(index).unwrap_or(0) & 1 == 1;
         match u32::try_from(self.body_of(index)) {
-            Ok(body) if has_data => PageLocation::Data {
+            Ok(body) if self.has_data(page) => PageLocation::Data {
                 chunk: ChunkIndex(self.chunk.into()),
                 body,
             },
