@@ -14,6 +14,7 @@
 //! | [`overlay`] | arguments in which the guest writes to throwaway overlays |
 //! | [`isolate`](mod@isolate) | arguments that any number of guests can be started with at once |
 //! | [`restore_arguments`](mod@restore_arguments) | kept arguments → restore arguments |
+//! | [`guest_physical`] | where RAMBlocks lie in guest-physical memory |
 //! | [`mapped_memory`] | guest RAM as a private mapping of an image, and the way back |
 //! | [`domain_xml`](mod@domain_xml) | arguments → libvirt domain XML; the name and UUID in somebody's XML |
 //! | [`xml`] | XML ⇄ a tree that loses nothing |
@@ -35,6 +36,7 @@ pub mod domain_xml;
 pub mod expand;
 pub mod explain;
 pub mod foreign;
+pub mod guest_physical;
 pub mod isolate;
 pub mod mapped_memory;
 pub mod overlay;
