@@ -13,6 +13,8 @@
 //! | [`writer`] | the stream around page records that were not made by QEMU |
 //! | [`postcopy`] | what the source of a postcopy migration sends and hears |
 //! | [`mapped_ram`] | the layout in which pages lie at places of their own |
+//! | [`x86_cpu`] | the registers of a processor |
+//! | [`x86_paging`] | its page tables: from guest-virtual to guest-physical addresses |
 //! | `section` | the header and the footer of every section |
 //! | [`error`] | what can be wrong with a stream |
 //! | `cursor` | big-endian integers and names, read forward |
@@ -34,6 +36,8 @@ mod section;
 mod vmdescription;
 pub mod wire;
 pub mod writer;
+pub mod x86_cpu;
+pub mod x86_paging;
 
 pub use device_fields::{DeviceFields, Field, Subsection, Value, device_fields, device_fields_by};
 pub use device_state::{DeviceSection, VmDescription, sections_of};
