@@ -10,6 +10,7 @@
 //! stops all threads and is the one reported. The number of threads never changes a byte of the image.
 
 mod arrive;
+mod address_space;
 mod beside;
 mod capture;
 mod check;
@@ -21,15 +22,18 @@ mod device_state;
 mod encode;
 mod fetch;
 mod gather;
+mod guest_memory;
 mod load;
 mod mapped;
 mod pipe;
 mod place;
 mod recode;
 mod region;
+mod scan;
 mod sealing;
 
 pub use arrive::{Arrival, arrive};
+pub use address_space::{AddressReader, AddressSpace};
 pub use beside::{beside, side_by_side};
 pub use capture::{StoppedGuestMemory, capture};
 pub use check::{Checked, check};
@@ -39,10 +43,12 @@ pub use device_state::{device_region, device_sections};
 pub use encode::{Encoded, Encoding, LIVE_BUFFER_LEN, encode, encode_live};
 pub use fetch::{ChunkTable, Fetcher, MOST_AT_ONCE};
 pub use mapped::{FoundMapped, MappedImage, unpack};
+pub use guest_memory::{GuestMemory, MemoryReader};
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
 pub use place::{Destination, Placement, place};
 pub use recode::{keeps_stream, recode};
 pub use region::StoppedBlock;
+pub use scan::{MARGIN, Scan, Seen, WINDOW_LEN, scan};
 
 use std::io;
 
@@ -53,7 +59,8 @@ use crate::container::ContainerError;
 use crate::error::{Blame, ErrorKind};
 use crate::host::HostError;
 use crate::stream::StreamError;
-use crate::units::{PageIndex, StreamOffset};
+use crate::stream::x86_paging::PageFault;
+use crate::units::{ChunkIndex, PageIndex, StreamOffset};
 
 /// Bytes of guest memory in one chunk where nothing else is asked for.
 ///
@@ -145,12 +152,52 @@ pub enum PipelineError {
         /// The page.
         page: PageIndex,
     },
+    /// Nothing tells where the pages of the guest's memory lie.
+    #[error("the image has no page map, so that its memory cannot be read page by page")]
+    NoPageMap,
+    /// More was to be read of a RAMBlock than there is.
+    #[error("{} has no {len} bytes at offset {offset:#x}", named(idstr.as_deref()))]
+    OutsideBlock {
+        /// The RAMBlock; `None` if there is none of that number.
+        idstr: Option<String>,
+        /// Where it was to begin.
+        offset: u64,
+        /// Bytes that were to be read.
+        len: u64,
+    },
+    /// A chunk ends before a page that the page map says is in it.
+    #[error("chunk {chunk} ends before a page that the page map says is in it")]
+    ShortChunk {
+        /// The chunk.
+        chunk: ChunkIndex,
+    },
+    /// No RAMBlock lies at a guest-physical address.
+    #[error("there is no memory at guest-physical address {address:#x}")]
+    NoMemory {
+        /// The address.
+        address: u64,
+    },
+    /// A guest-virtual address leads nowhere.
+    #[error("guest-virtual address {address:#x} leads nowhere")]
+    PageFault {
+        /// The address.
+        address: u64,
+        /// Why.
+        source: PageFault,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Cancelled,
     /// A thread of this program died.
     #[error("a worker thread ended before its work")]
     Worker,
+}
+
+/// A RAMBlock in words.
+fn named(idstr: Option<&str>) -> String {
+    idstr.map_or("no RAMBlock".to_owned(), |idstr| {
+        format!("RAMBlock {idstr:?}")
+    })
 }
 
 impl Blame for PipelineError {
@@ -160,8 +207,13 @@ impl Blame for PipelineError {
             PipelineError::Stream(error) => error.kind(),
             PipelineError::PageMap { .. }
             | PipelineError::DeviceState { .. }
+            | PipelineError::NoPageMap
+            | PipelineError::ShortChunk { .. }
             | PipelineError::NotZero { .. } => ErrorKind::Image,
-            PipelineError::NoPlaces => ErrorKind::Usage,
+            PipelineError::NoPlaces
+            | PipelineError::OutsideBlock { .. }
+            | PipelineError::NoMemory { .. }
+            | PipelineError::PageFault { .. } => ErrorKind::Usage,
             PipelineError::NoConfiguration => ErrorKind::Host,
             PipelineError::Cancelled => ErrorKind::Interrupted,
             PipelineError::ElementTooLong { .. }
