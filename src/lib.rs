@@ -13,7 +13,7 @@
 //! | [`qmp`] [`store`] [`host`] | the outside world: QEMU's monitor, where bytes live, this machine |
 //! | [`pipeline`] [`supervise`] | threads; processes |
 //! | [`image`] | an image of this host, and files of others read as images |
-//! | [`run`] [`save`] [`restore`] [`transfer`] [`convert`] [`configure`] [`inspect`] | the stories |
+//! | [`run`] [`save`] [`restore`] [`transfer`] [`convert`] [`configure`] [`inspect`] [`memory`] | the stories |
 //! | [`cli`] | arguments in, words out |
 //!
 //! A module may use those in the rows above it, never its neighbours; `tests/architecture.rs` holds that picture.
@@ -40,6 +40,7 @@ pub mod image;
 pub mod configure;
 pub mod convert;
 pub mod inspect;
+pub mod memory;
 pub mod restore;
 pub mod run;
 pub mod save;

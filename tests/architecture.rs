@@ -20,6 +20,7 @@ const LINES: [&[&str]; 8] = [
         "convert",
         "configure",
         "inspect",
+        "memory",
     ],
     &["image"],
     &["pipeline", "supervise"],

@@ -9,6 +9,7 @@ use crate::convert::ConvertError;
 use crate::error::{Error, ErrorKind};
 use crate::host::HostError;
 use crate::image::{ForeignError, ImageError};
+use crate::memory::MemoryError;
 use crate::pipeline::PipelineError;
 use crate::qmp::QmpError;
 use crate::restore::{RestoreError, ServeError};
@@ -128,6 +129,17 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     let configure = error.downcast_ref();
     if let Some(advice) = configure.and_then(|error| configure_advice(error, image)) {
         return Some(advice);
+    }
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(MemoryError::NoRegisters), _) => {
+            return Some("give the root of the page tables with --cr3".to_owned());
+        }
+        (_, Some(PipelineError::NoMemory { .. })) => {
+            return Some(format!(
+                "`vmstow mem {image} map` lists where there is memory"
+            ));
+        }
+        _ => {}
     }
     if let Some(advice) = error.downcast_ref().and_then(serve_advice) {
         return Some(advice.to_owned());

@@ -13,9 +13,11 @@ mod devices;
 mod diff;
 mod doctor;
 mod explain;
+mod hexdump;
 mod hint;
 mod inspect;
 mod list;
+mod mem;
 mod monitor;
 mod repair;
 mod restore;
@@ -66,6 +68,7 @@ enum Command {
     Verify(verify::VerifyArgs),
     Diff(diff::DiffArgs),
     Config(config::ConfigArgs),
+    Mem(mem::MemArgs),
     Repair(repair::RepairArgs),
     List(list::ListArgs),
     Stop(stop::StopArgs),
@@ -143,6 +146,7 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&args, &ui),
         Command::Diff(args) => diff::run(&args, &ui),
         Command::Config(args) => config::run(args, &ui),
+        Command::Mem(args) => mem::run(&args, &ui),
         Command::Repair(args) => repair::run(&args, &ui),
         Command::List(args) => list::run(&args, &ui),
         Command::Stop(args) => stop::run(&args, &ui),

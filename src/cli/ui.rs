@@ -134,6 +134,11 @@ impl Ui {
         }
     }
 
+    /// Whether the answer is to be one JSON document.
+    pub fn is_json(&self) -> bool {
+        self.is_json
+    }
+
     /// Prints the answer: `value`, which has to be an object, as JSON, or what `human` makes of it.
     pub fn answer<T: Serialize>(
         &self,
