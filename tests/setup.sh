@@ -21,6 +21,7 @@ test_packages=(
     util-linux iproute2      # what only a test may see: its own network, /etc and /var
     zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
     gzip bzip2 xz-utils lzop # what libvirt compresses with; xz: QEMU's source packages
+    gdb binutils python3-venv # those of ELF cores; Volatility comes from PyPI
     libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
 )
 bench_packages=(openssl) # a digest to be held against
@@ -329,6 +330,19 @@ build_linux_guest() {
     fi
 }
 
+# Volatility 3, which judges our cores.
+install_volatility() {
+    local into=$assets/volatility version=2.28.2
+    if "$into/bin/python" -c "import importlib.metadata as m; assert m.version('volatility3') == '$version'" 2>/dev/null; then
+        return 0
+    fi
+    say "installing Volatility $version into ${into#"$PWD/"}"
+    rm -rf "$into"
+    python3 -m venv "$into"
+    "$into/bin/pip" --quiet --disable-pip-version-check install "volatility3==$version" ||
+        fail "pip could not install volatility3 $version"
+}
+
 mode=${1:-}
 check_rust
 case $mode in
@@ -348,6 +362,7 @@ case $mode in
     build_linux_guest
     install_libvirt
     unpack_libvirt_9
+    install_volatility
     say "ready: QEMU 10 and 7.2, a Linux guest, libvirt $(virsh --version) and 9.0, and the programs that judge our files"
     ;;
 --bench)

@@ -17,6 +17,7 @@ use crate::host::keys::SigningKey;
 use crate::image::OpenedImage;
 use crate::image::foreign::libvirt::SaveFormat;
 use crate::image::foreign::{self, Found};
+use crate::convert::elf_core::{CoreReport, CoreRequest, elf_core};
 use crate::pipeline::{self, Encoding};
 use crate::progress::Progress;
 use crate::store::{Location, StoreError};
@@ -73,6 +74,7 @@ pub struct ConvertArgs {
 
 const EXAMPLES: &str = "\
 Examples:
+  vmstow convert web01.stow web01.core --to core
   vmstow convert web01.stow web01.map.stow --layout mapped
   vmstow convert web01.stow - --layout raw | qemu-system-x86_64 … -incoming fd:0
   vmstow convert /var/lib/libvirt/qemu/save/web01.save web01.stow --trust
@@ -90,6 +92,8 @@ pub enum ToArg {
     Stream,
     /// The same with each page at a place of its own, for QEMU's capability mapped-ram. Goes to files only
     MappedRam,
+    /// An ELF core: guest-physical memory and registers, for gdb, crash and Volatility. Goes to files only
+    Core,
 }
 
 /// How a libvirt save image holds the stream.
@@ -127,7 +131,7 @@ impl ConvertArgs {
     fn form(&self) -> Option<ExportForm> {
         let format = self.format.unwrap_or(FormatArg::Zstd).format();
         match self.to {
-            ToArg::Image => None,
+            ToArg::Image | ToArg::Core => None,
             ToArg::Libvirt => Some(ExportForm::Libvirt(format)),
             ToArg::Stream => Some(ExportForm::Stream),
             ToArg::MappedRam => Some(ExportForm::MappedRam),
@@ -161,6 +165,9 @@ pub fn run(args: &ConvertArgs, ui: &Ui) -> Outcome {
         return Err(ConvertError::Misplaced { option }.into());
     }
     let xml = args.xml.as_deref().map(read_xml).transpose()?;
+    if args.to == ToArg::Core {
+        return to_core(args, ui);
+    }
     if let Some(form) = args.form() {
         return export(args, form, xml, ui);
     }
@@ -239,6 +246,38 @@ fn read_xml(path: &Path) -> Result<String, Error> {
         let what = path.display().to_string();
         ConvertError::XmlNotRead { what, source }.into()
     })
+}
+
+fn to_core(args: &ConvertArgs, ui: &Ui) -> Outcome {
+    let opened = crate::image::open_any(&args.image, ui).about(&args.image)?;
+    warn_of_torn(&opened, ui);
+    let Location::Path(target) = args.out.clone() else {
+        return Err(ConvertError::CoreToPipe.into());
+    };
+    let request = CoreRequest {
+        target,
+        may_replace: args.replace,
+        threads: args.threads.unwrap_or_else(pipeline::default_threads),
+    };
+    let report = elf_core(&opened, &request, ui).about(&args.image)?;
+    if report.instruction_pointers.is_empty() {
+        ui.warn(
+            "the image does not tell the registers of the guest's processors: the core has none",
+        );
+    }
+    ui.answer(&report, made_core)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn made_core(report: &CoreReport) -> String {
+    let bytes = report.memory.iter().map(|(_, len)| len).sum();
+    format!(
+        "made {}, an ELF core: {} of guest-physical memory in {} ranges, {} processors\n",
+        report.core,
+        human_bytes(bytes),
+        report.memory.len(),
+        report.instruction_pointers.len()
+    )
 }
 
 fn made(report: &ConvertReport) -> String {

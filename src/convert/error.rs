@@ -19,6 +19,9 @@ pub enum ConvertError {
     /// Nobody knows whether it did.
     #[error("it is not known whether the new file got its name")]
     PublishUnknown(#[source] io::Error),
+    /// A core has to be written at many places, which a pipe has not.
+    #[error("an ELF core can only be written to a file")]
+    CoreToPipe,
     /// The same chunks have to have the same digest.
     #[error("the new image would not have the digest of the old one")]
     OtherDigest,
@@ -52,6 +55,7 @@ impl Blame for ConvertError {
         match self {
             ConvertError::HasXml | ConvertError::NoXml | ConvertError::NoPlaces => ErrorKind::Usage,
             ConvertError::XmlNotRead { .. } | ConvertError::Misplaced { .. } => ErrorKind::Usage,
+            ConvertError::CoreToPipe => ErrorKind::Usage,
             _ => ErrorKind::Failed,
         }
     }

@@ -10,6 +10,7 @@
 //! image that it was made from. The new image is signed if, and only if, the old one was by somebody this user trusts or the
 //! user vouches for it.
 
+pub mod elf_core;
 mod error;
 mod export;
 mod import;

@@ -68,7 +68,7 @@ pub fn memory(pid: u32, qmp: &mut Qmp, ranges: &[MemoryRange]) -> Digest {
     hasher.finish()
 }
 
-/// Writes into a stopped guest's memory, as the guest itself could.
+/// Writes into a guest's memory, as the guest itself could; all of it in one piece of RAM.
 pub fn write_memory(pid: u32, qmp: &mut Qmp, guest_address: u64, bytes: &[u8]) {
     let address = host_address(qmp, guest_address);
     let memory = File::options()
