@@ -270,7 +270,8 @@ fn to_core(args: &ConvertArgs, ui: &Ui) -> Outcome {
 }
 
 fn made_core(report: &CoreReport) -> String {
-    let bytes = report.memory.iter().map(|(_, len)| len).sum();
+    let lens = report.memory.iter().map(|(_, len)| *len);
+    let bytes = lens.fold(0, u64::saturating_add);
     format!(
         "made {}, an ELF core: {} of guest-physical memory in {} ranges, {} processors\n",
         report.core,

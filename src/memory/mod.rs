@@ -110,6 +110,12 @@ impl<'a, R: ReadAt> MemoryView<'a, R> {
     }
 }
 
+/// Bytes of these blocks together.
+fn len_of<R: ReadAt>(memory: &GuestMemory<'_, R>, blocks: &[usize]) -> u64 {
+    let lens = blocks.iter().map(|it| memory.blocks()[*it].used_length);
+    lens.fold(0, u64::saturating_add)
+}
+
 fn names_of<R: ReadAt>(memory: &GuestMemory<'_, R>) -> Vec<String> {
     let blocks = memory.blocks().iter();
     blocks.map(|block| block.idstr.clone()).collect()

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{MemoryView, Pattern};
+use super::{MemoryView, Pattern, len_of};
 use crate::bytes::ReadAt;
 use crate::config::guest_physical::PhysicalMap;
 use crate::error::Result;
@@ -133,8 +133,7 @@ pub fn search<R: ReadAt>(
 /// How much there is to search.
 fn extent<R: ReadAt>(view: &MemoryView<'_, R>, blocks: &[usize], wants_zeros: bool) -> Searched {
     let memory = view.memory();
-    let known = blocks.iter().map(|block| &memory.blocks()[*block]);
-    let bytes = known.map(|block| block.used_length).sum();
+    let bytes = len_of(memory, blocks);
     let data = blocks
         .iter()
         .map(|block| memory.page_map().data_page_count(*block));

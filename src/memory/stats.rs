@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::MemoryView;
+use super::{MemoryView, len_of};
 use crate::bytes::ReadAt;
 use crate::digest::Digest;
 use crate::error::Result;
@@ -64,10 +64,7 @@ pub fn stats<R: ReadAt>(
             ..BlockStats::default()
         })
         .collect();
-    let lens = chosen
-        .iter()
-        .map(|index| memory.blocks()[*index].used_length);
-    progress.begin("counting", Some(lens.sum()));
+    progress.begin("counting", Some(len_of(memory, &chosen)));
     let scan = Scan {
         blocks: chosen.clone(),
         wants_zeros: false,

@@ -1,7 +1,7 @@
 //! Text in a guest's memory: runs of printable characters, in ASCII and in UTF-16 with the low byte first.
 
-use super::MemoryView;
 use super::search::Place;
+use super::{MemoryView, len_of};
 use crate::bytes::ReadAt;
 use crate::error::Result;
 use crate::pipeline::{self, PipelineError, Scan, Seen};
@@ -73,10 +73,7 @@ pub fn strings<R: ReadAt>(
 ) -> Result<()> {
     let memory = view.memory();
     let blocks = view.chosen(request.block)?;
-    let lens = blocks
-        .iter()
-        .map(|block| memory.blocks()[*block].used_length);
-    progress.begin("looking for text", Some(lens.sum()));
+    progress.begin("looking for text", Some(len_of(memory, &blocks)));
     let scan = Scan {
         blocks,
         wants_zeros: false,

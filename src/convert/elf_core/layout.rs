@@ -37,14 +37,19 @@ impl<'a> CoreLayout<'a> {
         let header_count = ranges.len() as u64 + 1;
         let notes_offset = FILE_HEADER_LEN + header_count * PROGRAM_HEADER_LEN;
         let notes_len = notes::of_cpus(cpus).len() + notes::LONGEST_VMCOREINFO;
-        let mut file_len = (notes_offset + notes_len as u64).next_multiple_of(PAGE);
+        // No file is as long as an address can be large; where the sum is wrong, writing fails.
+        let behind = |start: u64, len: u64| {
+            let end = start.saturating_add(len);
+            end.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX)
+        };
+        let mut file_len = behind(notes_offset, notes_len as u64);
         let mut segments = Vec::with_capacity(ranges.len());
         for range in ranges {
             segments.push(CoreSegment {
                 range: *range,
                 file_offset: file_len,
             });
-            file_len = (file_len + range.len).next_multiple_of(PAGE);
+            file_len = behind(file_len, range.len);
         }
         CoreLayout {
             cpus,

@@ -121,7 +121,8 @@ fn write_memory<R: ReadAt>(
     blocks.sort_unstable();
     blocks.dedup();
     let lens = blocks.iter().map(|it| memory.blocks()[*it].used_length);
-    progress.begin("writing the core", Some(lens.sum()));
+    let total = lens.fold(0, u64::saturating_add);
+    progress.begin("writing the core", Some(total));
     let scan = Scan {
         blocks,
         wants_zeros: false,
