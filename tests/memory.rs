@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
-use support::{Guest, GuestSpec, Qmp, TestDir, flip_bit, put, wait_until};
+use support::{Guest, GuestSpec, Qmp, TestDir, flip_bit, wait_until, write_memory};
 
 /// Where Linux has its text if it is not moved about.
 const KERNEL_TEXT: u64 = 0xffff_ffff_8100_0000;
@@ -220,7 +220,7 @@ fn a_saved_linux_guest_is_read_as_it_was() {
     let mark = b"vmstow looks across boundaries \x00\xff\n";
     let marked = [0x0200_1000, 0x0248_0000, 0x0300_0000].map(|boundary| boundary - 7);
     for address in marked {
-        put(guest.pid(), &mut qmp, address, mark);
+        write_memory(guest.pid(), &mut qmp, address, mark);
     }
     let flat = flat_view(&mut qmp);
     let own_core = own_core_head(&dir, &mut qmp);

@@ -9,6 +9,7 @@ use super::save::LayoutArg;
 use super::ui::{Ui, threads};
 use super::{About, Outcome};
 use crate::codec;
+use crate::convert::elf_core::{CoreReport, CoreRequest, elf_core};
 use crate::convert::{
     self, ConvertError, ConvertReport, ConvertRequest, ExportForm, ExportReport, ExportRequest,
 };
@@ -17,7 +18,6 @@ use crate::host::keys::SigningKey;
 use crate::image::OpenedImage;
 use crate::image::foreign::libvirt::SaveFormat;
 use crate::image::foreign::{self, Found};
-use crate::convert::elf_core::{CoreReport, CoreRequest, elf_core};
 use crate::pipeline::{self, Encoding};
 use crate::progress::Progress;
 use crate::store::{Location, StoreError};

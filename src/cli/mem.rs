@@ -19,7 +19,7 @@ use crate::memory::{
 };
 use crate::pipeline;
 use crate::progress::Progress;
-use crate::store::{FileSink, FileSource, Location, StoreError};
+use crate::store::{AnyFile, FileSink, Location, StoreError};
 use crate::stream::x86_paging::Paging;
 use crate::units::human_bytes;
 
@@ -209,7 +209,7 @@ fn number(text: &str) -> std::result::Result<u64, String> {
 
 /// Reads, searches or counts.
 pub fn run(args: &MemArgs, ui: &Ui) -> Outcome {
-    let opened = image::open(&args.image).about(&args.image)?;
+    let opened = image::open_any(&args.image, ui).about(&args.image)?;
     if opened.torn().is_some() {
         ui.warn("the image's last edit was cut off; the generation before it is read");
     }
@@ -225,7 +225,7 @@ pub fn run(args: &MemArgs, ui: &Ui) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-type View<'a> = MemoryView<'a, FileSource>;
+type View<'a> = MemoryView<'a, AnyFile>;
 
 fn map(view: &View<'_>, ui: &Ui) -> Result<()> {
     let stretches = memory::map(view);

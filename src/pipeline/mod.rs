@@ -9,8 +9,8 @@
 //! size; of a guest that runs on [`LIVE_BUFFER_LEN`] bytes more, for it waits while its stream is not read. The first error
 //! stops all threads and is the one reported. The number of threads never changes a byte of the image.
 
-mod arrive;
 mod address_space;
+mod arrive;
 mod beside;
 mod capture;
 mod check;
@@ -32,8 +32,8 @@ mod region;
 mod scan;
 mod sealing;
 
-pub use arrive::{Arrival, arrive};
 pub use address_space::{AddressReader, AddressSpace};
+pub use arrive::{Arrival, arrive};
 pub use beside::{beside, side_by_side};
 pub use capture::{StoppedGuestMemory, capture};
 pub use check::{Checked, check};
@@ -42,8 +42,8 @@ pub use decode::{decode, examine};
 pub use device_state::{device_region, device_sections};
 pub use encode::{Encoded, Encoding, LIVE_BUFFER_LEN, encode, encode_live};
 pub use fetch::{ChunkTable, Fetcher, MOST_AT_ONCE};
-pub use mapped::{FoundMapped, MappedImage, unpack};
 pub use guest_memory::{GuestMemory, MemoryReader};
+pub use mapped::{FoundMapped, MappedImage, unpack};
 pub use pipe::{AroundPayload, PipedImage, begins_with_head};
 pub use place::{Destination, Placement, place};
 pub use recode::{keeps_stream, recode};
