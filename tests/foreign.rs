@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use support::{
     Libvirtd, PATIENCE, Qemu, Restored, Serial, TestDir, flip_bit, testdata, wait_until,
 };
+use vmstow::stream::{Event, Parser};
 
 const HEADER_LEN: usize = 92;
 
@@ -397,6 +398,7 @@ fn bare_streams_come_and_go() {
     let serial = Serial::at(dir.join("serial"));
     let plain = import(&dir, "guest.mig", "plain.stow", "stream");
     import(&dir, "mapped.mig", "mapped.stow", "mapped-ram");
+    bytes_of_zero_pages_are_no_pages(&dir);
     // Without a configuration there is nothing to start.
     let said = dir.refused(2, &["restore", "plain.stow"]);
     assert!(said.contains("has no configuration"), "{said}");
@@ -476,6 +478,46 @@ fn bare_streams_come_and_go() {
         &["convert", "late.stow", "later.stow", "--xml", "web01.xml"],
     );
     assert!(said.contains("vmstow config"), "{said}");
+}
+
+/// QEMU leaves the bytes of a page that became zero while it saved a running guest; the bitmap counts.
+fn bytes_of_zero_pages_are_no_pages(dir: &TestDir) {
+    let path = dir.join("mapped.mig");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let mut parser = Parser::mapped_ram();
+    let (bitmap, pages) = loop {
+        let at = usize::try_from(parser.position().0).unwrap();
+        let element = parser.next(&bytes[at..]).unwrap().unwrap();
+        if let Event::MappedBlock { bitmap, pages, .. } = element.event {
+            let place = |at: u64| usize::try_from(at).unwrap();
+            break (place(bitmap), place(pages));
+        }
+    };
+    // A zero page between two others, in one region.
+    let is_there = |page: usize| bytes[bitmap + page / 8] >> (page % 8) & 1 == 1;
+    let mut zero = (1..8191).filter(|page| {
+        let is_between = is_there(page - 1) && is_there(page + 1);
+        !is_there(*page) && is_between
+    });
+    let zero = match zero.next() {
+        Some(page) => page,
+        None => {
+            // There is none: one of three becomes zero.
+            let page = (1..8191).find(|page| (page - 1..=page + 1).all(is_there));
+            let page = page.unwrap();
+            bytes[bitmap + page / 8] &= !(1 << (page % 8));
+            page
+        }
+    };
+    for (name, byte) in [("clean", 0), ("stale", 0xaa)] {
+        bytes[pages + zero * 4096..][..4096].fill(byte);
+        std::fs::write(dir.join(&format!("{name}.mig")), &bytes).unwrap();
+    }
+    let digests = ["clean", "stale"].map(|name| {
+        let (file, image) = (format!("{name}.mig"), format!("{name}.stow"));
+        import(dir, &file, &image, "mapped-ram")["image_digest"].clone()
+    });
+    assert_eq!(digests[0], digests[1]);
 }
 
 /// Loads `back.mig` into a QEMU that nobody of us started.

@@ -134,7 +134,8 @@ fn the_readers_of_what_others_write_survive_anything() {
         let packed = files("streams", name).remove(0);
         zstd::decode_all(packed.as_slice()).unwrap()
     };
-    let stream = stream(".zst");
+    let mapped = stream("mapped-ram-10.0.mig.zst");
+    let stream = stream("i440fx-10.0.mig.zst");
     let mut samples = Vec::new();
     for format in [
         SaveFormat::Raw,
@@ -152,6 +153,8 @@ fn the_readers_of_what_others_write_survive_anything() {
         image.extend(encoder.finish().unwrap());
         samples.push(image);
     }
+    // The pages of this one lie further back than changes reach.
+    samples.push(mapped);
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("file");
     fuzz(&samples, |bytes| {
@@ -165,6 +168,7 @@ fn the_readers_of_what_others_write_survive_anything() {
         let location = Location::Path(path.clone());
         if let Ok(opened) = open_any(&location, &Silent) {
             let _ = opened.image().problems();
+            let _ = pipeline::decode(opened.image(), 1, &Silent, &mut |_| Ok(()));
         }
     });
 }

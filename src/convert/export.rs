@@ -102,7 +102,9 @@ fn write(
     progress: &dyn Progress,
 ) -> Result<ExportReport> {
     let image = opened.image();
-    image.verify_sections()?;
+    if opened.origin().is_image() {
+        image.verify_sections()?;
+    }
     let manifest = image.manifest()?;
     let mut warnings = Vec::new();
     let (front, format) = match request.form {

@@ -359,3 +359,95 @@ pub fn name_of_file(path: Option<&Path>) -> String {
         sanitise_name(&stem.to_string_lossy())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COOKIE: &str = "<cookie><cpu mode='custom' match='exact' check='full'><model fallback='forbid'>Nehalem</model>\
+        <feature policy='require' name='x2apic'/></cpu><slirpHelper/></cookie>";
+
+    fn described(cpu: &str, cookie: Option<&str>) -> Described {
+        let xml = format!(
+            "<domain type='qemu'><name>web01</name><memory unit='MiB'>64</memory><vcpu>2</vcpu>{cpu}\
+             <os><type arch='x86_64' machine='pc'>hvm</type></os><devices><emulator>/bin/q</emulator></devices></domain>"
+        );
+        describe(&Known {
+            xml: Some(&xml),
+            cookie,
+            was_running: Some(true),
+            name: "file",
+            saved_at: SystemTime::UNIX_EPOCH,
+            machine_type: Some("pc-i440fx-9.2"),
+            blocks: &[],
+        })
+    }
+
+    fn cpu_of(described: &Described) -> String {
+        let argv = &described.manifest.qemu.argv;
+        let at = argv.iter().position(|word| word == "-cpu");
+        at.map_or(String::new(), |at| argv[at + 1].clone())
+    }
+
+    #[test]
+    fn the_cpu_is_the_cookies_where_libvirt_takes_it_from_there() {
+        for cpu in [
+            "<cpu mode='host-model'/>",
+            "<cpu mode='custom' match='minimum'><model>qemu64</model></cpu>",
+        ] {
+            let described = described(cpu, Some(COOKIE));
+            assert_eq!(described.problems, Vec::<String>::new());
+            let cpu = cpu_of(&described);
+            assert!(
+                cpu.starts_with("Nehalem,") && cpu.contains("x2apic=on"),
+                "{cpu}"
+            );
+            assert_eq!(
+                described.manifest.machine.cpu_model.as_deref(),
+                Some("Nehalem")
+            );
+        }
+        for (cpu, wanted) in [
+            ("<cpu mode='host-passthrough'/>", "max"), // with TCG
+            (
+                "<cpu><topology sockets='1' cores='2' threads='1'/></cpu>",
+                "",
+            ),
+            ("", ""),
+        ] {
+            let cpu = cpu_of(&described(cpu, Some(COOKIE)));
+            assert!(cpu.starts_with(wanted) && !cpu.contains("Nehalem"), "{cpu}");
+        }
+    }
+
+    #[test]
+    fn the_machine_type_is_the_streams_and_the_xml_stays() {
+        let described = described("", None);
+        let manifest = &described.manifest;
+        assert_eq!(manifest.machine.machine_type, "pc-i440fx-9.2");
+        assert!(
+            manifest
+                .qemu
+                .argv
+                .iter()
+                .any(|word| word.contains("pc-i440fx-9.2"))
+        );
+        assert!(described.xml.contains("machine='pc'"));
+        assert_eq!(
+            (manifest.machine.vcpus, manifest.machine.memory_bytes),
+            (2, 64 << 20)
+        );
+        assert_eq!(manifest.qemu.binary, "/bin/q");
+    }
+
+    #[test]
+    fn without_arguments_it_is_said_why() {
+        let described = described("<cpu mode='host-model'/>", None);
+        assert!(described.manifest.qemu.argv.is_empty());
+        let [problem] = described.problems.as_slice() else {
+            panic!("{:?}", described.problems);
+        };
+        assert!(problem.contains("CPU model"), "{problem}");
+        assert_eq!(described.manifest.guest.name, "web01");
+    }
+}

@@ -363,3 +363,45 @@ fn parse_beginning(bytes: &[u8]) -> Beginning {
     };
     (machine_type, blocks.collect(), stopped)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_without_end_ends_at_its_limit() {
+        let is_too_long = Arc::new(AtomicBool::new(false));
+        let mut stream = ForeignStream {
+            reader: Box::new(Limited {
+                reader: io::repeat(7),
+                left: 100_000,
+                is_too_long: Arc::clone(&is_too_long),
+            }),
+            machine_type: None,
+            blocks: vec![("pc.ram".to_owned(), 4096)],
+            is_compressed: true,
+            is_too_long,
+            limit: 100_000,
+        };
+        let mut bytes = Vec::new();
+        let error = stream.read_to_end(&mut bytes).unwrap_err();
+        assert!(bytes.len() <= 100_000);
+        let said = stream.explain(error).to_string();
+        assert!(said.contains("longer than 100000 bytes"), "{said}");
+    }
+
+    #[test]
+    fn what_others_know_nothing_of_is_left_alone() {
+        for bytes in [
+            b"".as_slice(),
+            b"MZ",
+            b"BZh91AY&SY, but no stream",
+            &[0x28, 0xb5, 0x2f, 0xfd, 0, 0, 0, 0],
+            &zstd::encode_all(b"hello".as_slice(), 1).unwrap(),
+        ] {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(bytes, 0).unwrap();
+            assert!(ForeignFile::of_file(file).unwrap().is_none());
+        }
+    }
+}
