@@ -265,6 +265,8 @@ fn every_byte_that_was_written_is_counted_in_every_layout() {
         let diff = dir.json(&["diff", pair[0], pair[1], "--memory", "--threads", "1"]);
         assert_eq!(diff["is_same"], true, "{diff}");
     }
+    let diff = dir.json(&["diff", "zstd.stow", "mapped.stow", "--config"]);
+    assert_eq!(diff["is_same"], true, "{diff}");
     let diff = dir.json(&["diff", "zstd.stow", "raw.stow"]);
     assert_eq!(
         (&diff["is_same"], &diff["memory"]["chunks_read"]),

@@ -250,7 +250,7 @@ fetch_stream_readers() {
     done
     [ "${#readers[@]}" -gt 0 ] || return 0
     check_distribution "the source of QEMU, for its scripts/analyze-migration.py"
-    say "fetching QEMU's own reader of migration streams, from its source packages (80 MB)"
+    say "fetching QEMU's own reader of migration streams, from its source packages"
     rm -rf "$work"
     mkdir -p "$work/parts" "$work/lists/partial" "$work/cache/archives/partial" "$assets/bin"
     list_source_packages "$work/parts"

@@ -285,7 +285,17 @@ impl Human {
             return self.line(0, "config: the same");
         }
         let count = configuration.xml.len() + configuration.facts.len();
-        self.line(0, &format!("config: {count} differences"));
+        self.line(
+            0,
+            &format!(
+                "config: {count} {}",
+                if count == 1 {
+                    "difference"
+                } else {
+                    "differences"
+                }
+            ),
+        );
         for change in &configuration.xml {
             self.line(1, change_line(change).trim_end());
         }

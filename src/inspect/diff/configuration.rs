@@ -1,7 +1,7 @@
 //! The configuration compared: domain XML, and what the manifests say of the guest, its QEMU and its resources.
 //!
-//! What is never the same in two saves (when and by which program they were made) is left out, and what memory and
-//! devices show themselves.
+//! What tells of the save and not of the guest is left out (when, by which program and how it was made), and what memory
+//! and devices show themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -44,14 +44,7 @@ impl ConfigurationDiff {
 }
 
 /// Members of the manifest that are compared, but for the resources.
-const MEMBERS: [&str; 6] = [
-    "guest",
-    "qemu",
-    "machine",
-    "capabilities",
-    "remaps",
-    "labels",
-];
+const MEMBERS: [&str; 5] = ["guest", "qemu", "machine", "remaps", "labels"];
 
 /// What of a file's fingerprint tells of what is in it, not of where it lies.
 const OF_CONTENT: [&str; 3] = ["size", "mtime_ns", "sha256"];
