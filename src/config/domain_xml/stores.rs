@@ -7,10 +7,15 @@ use crate::config::xml::Element;
 impl Story<'_> {
     pub(super) fn stores(&mut self) -> Vec<Element> {
         let mut found = Vec::new();
+        let mut stores = 0;
         for device in self.all_devices() {
             let written = match device.1.get("driver").as_deref() {
                 Some("virtio-crypto-pci") => self.crypto_device(&device),
-                Some("acpi-erst") => self.persistent_store(&device),
+                Some("acpi-erst") => {
+                    let store = self.persistent_store(&device, stores);
+                    stores += usize::from(store.is_some());
+                    store
+                }
                 _ => continue,
             };
             found.extend(written);
@@ -40,8 +45,14 @@ impl Story<'_> {
         Some(written.children(self.address(device)))
     }
 
-    fn persistent_store(&mut self, (index, device): &Device) -> Option<Element> {
-        let (memory_index, memory) = self.object(&device.get("memdev")?)?;
+    /// The state knows its memory by the name that libvirt gives it, which follows from the device's: others have no words.
+    fn persistent_store(&mut self, (index, device): &Device, number: usize) -> Option<Element> {
+        let id = format!("pstore{number}");
+        let memdev = device.get("memdev")?;
+        if device.get("id")? != id || memdev != format!("mem{id}") {
+            return None;
+        }
+        let (memory_index, memory) = self.object(&memdev)?;
         if memory.get("qom-type")? != "memory-backend-file" || !memory.is_on("share") {
             return None;
         }
@@ -53,8 +64,7 @@ impl Story<'_> {
         let written = Element::new("pstore")
             .attribute("backend", "acpi-erst")
             .child(Element::with_text("path", path))
-            .child(Element::with_text("size", size).attribute("unit", "b"))
-            .children(alias(device));
+            .child(Element::with_text("size", size).attribute("unit", "b"));
         Some(written.children(self.address(device)))
     }
 }

@@ -207,6 +207,8 @@ pub(super) const KNOWN: &[Known] = &[
         "QEMU's module for SPICE, which brings QXL, is not installed", "install it (Debian: qemu-system-modules-spice)"),
     row(Cause, "module.missing", "'virtio-*-gl*' is not a valid device model name",
         "QEMU's module for OpenGL is not installed", "install it (Debian: qemu-system-modules-opengl); a guest with it cannot be saved"),
+    row(Cause, "display.no-gpu", "egl: no drm render node available",
+        "a display with OpenGL needs a GPU, and this host has none that can be used (/dev/dri/renderD*)", "use a host with one, or a display and a video device without OpenGL; a guest with OpenGL cannot be saved anyway"),
     row(Cause, "module.missing", "Display '*' is not available*",
         "QEMU has no module for the display {0} here", "install it (Debian: qemu-system-modules-opengl for egl-headless, qemu-system-gui for windows), or use another display"),
     row(Cause, "module.missing", "Unable to load module *. Perhaps*",
