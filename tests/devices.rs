@@ -192,6 +192,16 @@ fn qemu_describes_what_was_taken_from_its_memory() {
         "--ask-qemu",
     ]);
     assert_eq!(diff["is_same"], true, "{diff}");
+    // To ask QEMU is to run what the image says: not for an image of somebody else.
+    let output = dir
+        .vmstow()
+        .env("XDG_STATE_HOME", dir.join("state-of-another"))
+        .args(["inspect", "memory.stow", "--devices", "--ask-qemu"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(6), "{said}");
+    assert!(said.contains("--trust"), "{said}");
     // Nothing is left of the guests that were asked.
     assert_eq!(dir.json(&["list"])["guests"], json!([]));
     assert_eq!(std::fs::read_dir(dir.join("overlays")).unwrap().count(), 0);
