@@ -339,6 +339,7 @@ fn manifests_are_as_the_schema_says() {
     full.guest.ran_on = true;
     full.guest.has_own_xml = true;
     full.libvirt_cookie = Some("<cookie/>".into());
+    full.machine.cpu_features = [("0x7.0.ebx".to_owned(), 0x20)].into();
     let side =
         serde_json::json!([{ "name": "tpm0", "argv": ["swtpm"], "socket": "/s", "state": "/t" }]);
     full.qemu.side_programs = serde_json::from_value(side).unwrap();

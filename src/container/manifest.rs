@@ -162,6 +162,10 @@ pub struct Machine {
     /// CPUs that could be plugged, if that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vcpus: Option<u32>,
+    /// The feature bits that a CPU showed its guest, by leaf, subleaf and register of CPUID: `0x7.0.ebx`. Words without any
+    /// are left out; empty if they were not asked for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub cpu_features: BTreeMap<String, u32>,
     /// Bytes of base memory.
     pub memory_bytes: u64,
     /// Members this version does not know.

@@ -2,6 +2,7 @@
 //!
 //! Source: QEMU `qapi/run-state.json`, `machine.json`, `block-core.json`, `char.json`, `qom.json`, `misc.json`.
 
+use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 
 use serde::Deserialize;
@@ -283,6 +284,46 @@ impl QmpClient {
     /// The virtual CPUs that are plugged in.
     pub fn query_cpus(&mut self) -> Result<Vec<Cpu>, QmpError> {
         self.query("query-cpus-fast")
+    }
+
+    /// How many virtual CPUs there can be; `None` if the machine cannot tell.
+    pub fn query_max_cpus(&mut self) -> Result<Option<usize>, QmpError> {
+        let slots: Result<Vec<IgnoredAny>, QmpError> = self.query("query-hotpluggable-cpus");
+        match slots {
+            Ok(slots) => Ok(Some(slots.len())),
+            Err(QmpError::Refused { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The feature bits that the CPU at this place in the object tree shows its guest, by leaf, subleaf and register:
+    /// `0x7.0.ebx`. Empty for a CPU that is not x86.
+    ///
+    /// Source: QEMU `qapi/machine-target.json`, `X86CPUFeatureWordInfo`.
+    pub fn query_cpu_features(
+        &mut self,
+        qom_path: &str,
+    ) -> Result<BTreeMap<String, u32>, QmpError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct Word {
+            cpuid_input_eax: u32,
+            #[serde(default)]
+            cpuid_input_ecx: u32,
+            cpuid_register: String,
+            features: u32,
+        }
+        let arguments = json!({ "path": qom_path, "property": "feature-words" });
+        let words: Vec<Word> = match self.execute("qom-get", arguments) {
+            Err(QmpError::Refused { .. }) => return Ok(BTreeMap::new()),
+            words => words?,
+        };
+        let words = words.into_iter().map(|word| {
+            let register = word.cpuid_register.to_lowercase();
+            let (leaf, subleaf) = (word.cpuid_input_eax, word.cpuid_input_ecx);
+            (format!("{leaf:#x}.{subleaf:x}.{register}"), word.features)
+        });
+        Ok(words.collect())
     }
 
     /// How much memory the guest has.

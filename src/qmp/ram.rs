@@ -18,6 +18,8 @@ pub struct RamBlockAddress {
     pub idstr: String,
     /// The part of it in use, in bytes.
     pub used_length: u64,
+    /// As long as it can become, in bytes.
+    pub max_length: u64,
     /// Where it begins in QEMU's memory. Before QEMU 8.2 this is known of the block at guest address 0 only.
     pub host_address: Option<u64>,
 }
@@ -96,6 +98,7 @@ fn read_table(table: &str) -> Option<Vec<RamBlockAddress>> {
             [idstr] => blocks.push(RamBlockAddress {
                 idstr: (*idstr).to_owned(),
                 used_length: hexadecimal(fields[3])?,
+                max_length: hexadecimal(fields[4])?,
                 host_address: match has_addresses {
                     true => Some(hexadecimal(fields[5])?),
                     false => None,
@@ -126,6 +129,7 @@ mod tests {
         RamBlockAddress {
             idstr: idstr.to_owned(),
             used_length,
+            max_length: used_length,
             host_address,
         }
     }
@@ -136,7 +140,10 @@ mod tests {
             pc.ram    4 KiB  0x0000000000000000 0x0000000040000000 0x0000000040000000 0x00007fb25fe00000  rw\r\n\
             /rom@etc/acpi/tables    4 KiB  0x41100000 0x00020000 0x00200000 0x00007fb25fa00000  ro\r\n\
               4 KiB  0x41100000 0x00020000 0x00200000 0x00007fb25fa00000  ro\r\n";
-        let tables = block("/rom@etc/acpi/tables", 0x2_0000, Some(0x7fb2_5fa0_0000));
+        let tables = RamBlockAddress {
+            max_length: 0x20_0000,
+            ..block("/rom@etc/acpi/tables", 0x2_0000, Some(0x7fb2_5fa0_0000))
+        };
         let ram = block("pc.ram", 1 << 30, Some(0x7fb2_5fe0_0000));
         assert_eq!(read_table(with), Some(vec![ram, tables]));
         let without = "  Block Name    PSize   Offset   Used   Total\r\n\

@@ -45,6 +45,9 @@ pub struct Description {
     run_state: RunState,
     was_running: bool,
     vcpus: u32,
+    max_vcpus: Option<u32>,
+    /// As the manifest keeps them.
+    cpu_features: BTreeMap<String, u32>,
     accelerator: String,
     process: ProcessFacts,
     arguments: Arguments,
@@ -92,6 +95,12 @@ impl Description {
             None => Vec::new(),
         };
         let places = places(qmp, &arguments)?;
+        let (cpus, max_vcpus) = (qmp.query_cpus()?, qmp.query_max_cpus()?);
+        let mut cpu_features = match cpus.first() {
+            Some(cpu) => qmp.query_cpu_features(&cpu.qom_path)?,
+            None => BTreeMap::new(),
+        };
+        cpu_features.retain(|_, bits| *bits != 0);
         Ok(Description {
             places,
             own_xml: dir.and_then(|dir| std::fs::read_to_string(dir.domain_xml()).ok()),
@@ -104,7 +113,9 @@ impl Description {
             package,
             run_state: run_state.clone(),
             was_running,
-            vcpus: u32::try_from(qmp.query_cpus()?.len()).unwrap_or(u32::MAX),
+            vcpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
+            max_vcpus: max_vcpus.map(|count| u32::try_from(count).unwrap_or(u32::MAX)),
+            cpu_features,
             accelerator: if qmp.query_kvm()? { "kvm" } else { "tcg" }.to_owned(),
             binary_sha256: digest_of_running(pid),
             process,
@@ -278,7 +289,7 @@ impl Description {
             uuid: self.uuid,
             memory_bytes: self.memory_bytes,
             vcpus: self.vcpus,
-            max_vcpus: self.vcpus,
+            max_vcpus: self.max_vcpus.unwrap_or(self.vcpus),
             topology: None,
             machine_type: self.machine_type.clone(),
             accelerator: self.accelerator.clone(),
@@ -316,7 +327,8 @@ impl Description {
                 accelerator: self.accelerator.clone(),
                 cpu_model: self.arguments.last_value("cpu").map(ToOwned::to_owned),
                 vcpus: self.vcpus,
-                max_vcpus: None,
+                max_vcpus: self.max_vcpus,
+                cpu_features: self.cpu_features.clone(),
                 memory_bytes: self.memory_bytes,
                 other: Default::default(),
             },

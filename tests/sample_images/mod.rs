@@ -60,6 +60,7 @@ pub fn full_manifest() -> Manifest {
             cpu_model: Some("host".into()),
             vcpus: 2,
             max_vcpus: Some(4),
+            cpu_features: Default::default(),
             memory_bytes: 1 << 30,
             other: other(),
         },
