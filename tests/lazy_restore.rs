@@ -9,8 +9,7 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -472,31 +471,13 @@ fn a_guest_that_cannot_wait_for_its_memory_is_refused_beforehand() {
     assert!(dir.qemus().is_empty());
 }
 
-/// `vmstow` by a user who is nobody, to whom the directory and all in it is given.
-fn as_nobody(dir: &TestDir, arguments: &[&str]) -> Output {
-    const NOBODY: u32 = 65534;
-    let plain = dir.vmstow_command();
-    let program = dir.join("vmstow");
-    std::fs::copy(plain.get_program(), &program).unwrap();
-    let owner = NOBODY.to_string();
-    let mut give = Command::new("chown");
-    give.args(["-R", &owner]).arg(dir.path());
-    assert!(give.status().unwrap().success());
-    let mut command = Command::new(program);
-    command.args(arguments).uid(NOBODY).gid(NOBODY);
-    for (name, value) in plain.get_envs() {
-        command.env(name, value.unwrap());
-    }
-    command.current_dir(dir.path()).output().unwrap()
-}
-
 #[test]
 fn who_may_not_use_userfaultfd_is_told_before_qemu_is_started() {
     let dir = TestDir::new();
     let serial = saved_counter(&dir, Qemu::V10, 64);
     let before = serial.mark();
     let setting = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
-    let output = as_nobody(&dir, &["restore", "x.stow", "--lazy", "--wait"]);
+    let output = dir.as_nobody(&["restore", "x.stow", "--lazy", "--wait"]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     if setting.trim() == "1" {
         assert!(output.status.success(), "{said}");
@@ -504,12 +485,12 @@ fn who_may_not_use_userfaultfd_is_told_before_qemu_is_started() {
         assert_eq!(output.status.code(), Some(4), "{said}");
         assert!(said.contains("this user may not use userfaultfd"), "{said}");
         assert!(dir.qemus().is_empty());
-        let output = as_nobody(&dir, &["restore", "x.stow"]);
+        let output = dir.as_nobody(&["restore", "x.stow"]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{said}");
     }
     serial.assert_goes_on(&before);
-    assert!(as_nobody(&dir, &["stop", "guest"]).status.success());
+    assert!(dir.as_nobody(&["stop", "guest"]).status.success());
 }
 
 #[test]

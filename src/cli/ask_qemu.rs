@@ -80,6 +80,9 @@ impl AskQemuArgs {
             trust: self.trust,
             // It never runs.
             accept_changed_disks: true,
+            force: Vec::new(),
+            rom_sizes: Vec::new(),
+            arguments: None,
             map: None,
             throwaway: true,
             overlay_dir: None,

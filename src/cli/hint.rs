@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::config::compat::Finding;
 use crate::config::{ConfigError, Explanation, Unmodelled, explain};
 use crate::configure::ConfigureError;
 use crate::container::ContainerError;
@@ -410,20 +411,20 @@ fn restore_advice(error: &RestoreError) -> Option<String> {
             "if you trust whoever made the image, give --trust, or put their key into ~/.config/vmstow/allowed_signers; else give each resource with --remap".to_owned()
         }
         RestoreError::CannotRun { findings, .. } => {
-            let fixes: Vec<_> = findings.iter().filter_map(|finding| finding.fix.clone()).collect();
-            if fixes.is_empty() {
-                return None;
+            let advice: Vec<String> = findings.iter().filter_map(Finding::advice).collect();
+            match advice.as_slice() {
+                [] => return None,
+                [only] if findings.len() == 1 => only.clone(),
+                _ => "do what stands behind each reason; `vmstow check` tells more".to_owned(),
             }
-            if findings.len() > 1 {
-                return Some("give the flag behind each reason that has one".to_owned());
-            }
-            format!("give {}", fixes.join(" and "))
         }
         RestoreError::NoConfiguration { .. } => "`vmstow convert IMAGE NEW --xml FILE` gives it one: the domain XML of the guest, as it was when it was saved".to_owned(),
         RestoreError::NoDirectory { .. } => "make the directory; the guest's relative paths start there".to_owned(),
         RestoreError::QemuGaveUp { .. } | RestoreError::NotLoaded => "use the QEMU that the guest was saved from, or a newer one, with --qemu".to_owned(),
         RestoreError::NotMapped { .. } => "vmstow convert IMAGE OUT --layout mapped, then restore OUT; or restore without --map".to_owned(),
         RestoreError::HeadDiffers { .. } => "its configuration was changed since the save: restore it without --trust, or from a file".to_owned(),
+        RestoreError::NotForced { .. } => "`vmstow check IMAGE` tells what would help".to_owned(),
+        RestoreError::UnknownCode { .. } => "`vmstow check IMAGE` tells each reason with its code".to_owned(),
         RestoreError::MappedPipe => "write it to a file first, or restore without --map".to_owned(),
         RestoreError::NotStarted { source, .. } if source.to_string().contains("lock") => {
             "another QEMU uses this disk: end it, or give this guest a disk of its own with --remap disk:ID=PATH".to_owned()

@@ -3,6 +3,7 @@
 //! Answers go to stdout, everything else to stderr through `Ui`. Nobody imports this module but `main`.
 
 mod ask_qemu;
+mod check;
 mod completion;
 mod config;
 mod console;
@@ -62,6 +63,7 @@ enum Command {
     Run(run::RunArgs),
     Save(save::SaveArgs),
     Restore(restore::RestoreArgs),
+    Check(check::CheckArgs),
     Convert(convert::ConvertArgs),
     Copy(copy::CopyArgs),
     Inspect(inspect::InspectArgs),
@@ -139,6 +141,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(args, &ui),
         Command::Save(args) => save::run(args, &ui),
         Command::Restore(args) => restore::run(args, &ui),
+        Command::Check(args) => check::run(args, &ui),
         Command::Convert(args) => convert::run(&args, &ui),
         Command::Copy(args) => copy::run(&args, &ui),
         Command::ServePeer(args) => copy::serve(&args),

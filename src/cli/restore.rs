@@ -23,7 +23,7 @@ use crate::pipeline::{self, PipedImage, begins_with_head};
 use crate::progress::Progress;
 use crate::restore::{
     self, Invocation, LazyOptions, LazyRequest, Mapping, Origin, Plan, RestoreError, RestoreReport,
-    RestoreRequest, Resumed, ServeError, Verify,
+    RestoreRequest, Resumed, RomSize, ServeError, Verify,
 };
 use crate::store::{Location, StoreError};
 use crate::supervise::{RunningGuest, Serving};
@@ -64,7 +64,7 @@ pub struct RestoreArgs {
     ///
     /// It is restored anew, as it was restored before, if it had not come so far that it could run.
     #[arg(long, value_name = "NAME", group = "late", conflicts_with_all = [
-        "image", "map", "paused", "qemu", "name", "remaps", "remap_files", "trust", "accept_changed_disks", "throwaway", "count",
+        "image", "map", "paused", "qemu", "name", "remaps", "remap_files", "trust", "accept_changed_disks", "force", "rom_sizes", "throwaway", "count",
         "foreground", "dry_run", "print_command", "threads",
     ])]
     resume: Option<String>,
@@ -95,6 +95,16 @@ pub struct RestoreArgs {
     /// Restore although a disk changed since the save; the guest's file systems may break
     #[arg(long)]
     accept_changed_disks: bool,
+
+    /// Override a reason by its code, which `vmstow check` tells; the guest's log keeps it. May be given several times
+    ///
+    /// QEMU may still refuse; where it does not, the guest may break.
+    #[arg(long, value_name = "CODE")]
+    force: Vec<String>,
+
+    /// Make room for the ROM of all devices of a driver, as the guest had it. May be given several times
+    #[arg(long = "romsize", value_name = "DRIVER=BYTES")]
+    rom_sizes: Vec<RomSize>,
 
     /// Let the guest write to overlays that end with it, never to its disks
     #[arg(long)]
@@ -161,7 +171,7 @@ pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
     }
 }
 
-fn invocation(arguments: Vec<OsString>, cwd: PathBuf) -> Result<Invocation, Failure> {
+pub(super) fn invocation(arguments: Vec<OsString>, cwd: PathBuf) -> Result<Invocation, Failure> {
     let program = std::env::current_exe().map_err(|source| StoreError::File {
         act: "find",
         path: "/proc/self/exe".into(),
@@ -194,6 +204,9 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
         settings: settings::read()?,
         trust: args.trust,
         accept_changed_disks: args.accept_changed_disks,
+        force: args.force,
+        rom_sizes: args.rom_sizes,
+        arguments: None,
         map: None,
         throwaway: args.throwaway,
         overlay_dir: args.overlay_dir,
@@ -221,7 +234,10 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
     if let Some(verify) = verify {
         request.map = Some(mapping(&origin, verify).about(&image)?);
     }
-    let plan = Plan::check(manifest, &trust, &request).about(&image)?;
+    let mut plan = Plan::check(manifest, &trust, &request).about(&image)?;
+    if let Origin::Image(opened) = &origin {
+        plan.check_target(opened).about(&image)?;
+    }
     if args.print_command || args.dry_run {
         plan.notes().iter().for_each(|note| ui.note(note));
     }

@@ -1,25 +1,31 @@
 //! What a saved guest needs, held against what a host has: every reason why it cannot run there, not just the first.
 //!
-//! Somebody else gathers the facts about the host; this compares values. Every finding has a stable code:
+//! Somebody else gathers the facts about the host; this compares values. Every finding has a stable code, of
+//! which [`codes`] is the table.
 //!
-//! | code | says |
+//! | file | what it compares |
 //! |---|---|
-//! | `qemu.missing` `qemu.too-old` `qemu.older` | no QEMU; older than needed; older than at the save (a warning) |
-//! | `machine.unknown` `accel.missing` | QEMU lacks the machine type; the accelerator |
-//! | `file.missing` `file.permission` `file.changed` | a file the arguments name |
-//! | `disk.changed` `disk.unproven` | a disk is not, or may not be (a warning), what it was at the save |
-//! | `disk.drifted` | the guest ran on with the disk after the save |
-//! | `socket.busy` `port.busy` `interface.missing` | a socket or port in use; a tap or bridge that is not there |
-//! | `map.memory` `map.qemu` | memory cannot be mapped from the image: what the guest has, a QEMU that is too old |
-//! | `memory.short` | less memory is free than the guest has (a warning) |
+//! | [`codes`] | every code, whether a user may override it, and what it says |
+//! | [`files`] | files: whether they are there, may be used, and are what they were |
+//! | [`state`] | the state that the guest was saved with, with that which a QEMU would have: devices, memory, processors |
+//! | [`cpu`] | the features of a processor |
+//! | [`argument_changes`] | kept arguments with others, where no QEMU is asked |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::overlay;
 use super::resources::{Resource, ResourceKind, ResourceTable};
+
+pub mod argument_changes;
+pub mod codes;
+pub mod cpu;
+pub mod files;
+pub mod state;
+
+pub use codes::Code;
+pub use files::{CHANGED_DISK, FileFact, Fingerprint, Sameness};
 
 /// A QEMU version: major, minor, micro.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -79,78 +85,6 @@ pub struct HostFacts {
     pub available_memory_bytes: Option<u64>,
 }
 
-/// What is known of a file on the host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FileFact {
-    /// There is none.
-    Missing,
-    /// It is there.
-    Present {
-        /// Whether QEMU will be allowed to read it.
-        can_read: bool,
-        /// Whether QEMU will be allowed to write it.
-        can_write: bool,
-        /// What it is now; `None` for sockets and pipes.
-        fingerprint: Option<Fingerprint>,
-    },
-}
-
-/// What identifies the state of a file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Fingerprint {
-    /// `st_dev`.
-    pub device: u64,
-    /// `st_ino`.
-    pub inode: u64,
-    /// Bytes; of a block device its length.
-    pub size: u64,
-    /// Last change of content, in nanoseconds since 1970.
-    pub mtime_ns: i64,
-    /// Last change of content or inode, in nanoseconds since 1970.
-    pub ctime_ns: i64,
-    /// SHA-256 of all of it in hexadecimal, if it was taken.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<String>,
-}
-
-/// Whether a file is what it was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sameness {
-    /// It is.
-    Unchanged,
-    /// It is not: its size or its digest is another.
-    Changed,
-    /// It is the same file, but was written to since; what it holds may be the same nonetheless.
-    Written,
-    /// Nothing proves either: it was copied, or only its inode was changed.
-    Unproven,
-}
-
-impl Fingerprint {
-    /// Compares a file at the save with now.
-    ///
-    /// Another size: changed. Else a digest of all of it, taken both times, decides. Without one the same device, inode,
-    /// mtime and ctime say that nobody touched it, and the same device and inode with another mtime that somebody did.
-    pub fn compare(&self, now: &Fingerprint) -> Sameness {
-        let place = |f: &Fingerprint| (f.device, f.inode, f.size, f.mtime_ns, f.ctime_ns);
-        if self.size != now.size {
-            return Sameness::Changed;
-        }
-        match (&self.sha256, &now.sha256) {
-            (Some(then), Some(now)) if then == now => Sameness::Unchanged,
-            (Some(_), Some(_)) => Sameness::Changed,
-            _ if place(self) == place(now) => Sameness::Unchanged,
-            _ if self.is_same_file(now) && self.mtime_ns != now.mtime_ns => Sameness::Written,
-            _ => Sameness::Unproven,
-        }
-    }
-
-    fn is_same_file(&self, other: &Fingerprint) -> bool {
-        (self.device, self.inode) == (other.device, other.inode)
-    }
-}
-
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -170,19 +104,30 @@ pub struct Finding {
     pub level: Level,
     /// What is so, in one sentence without an end stop.
     pub fact: String,
-    /// The flag that would help; `None` if none does.
+    /// The flag that would help, or what to do; `None` if nothing does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
 }
 
 impl Finding {
-    fn refusal(code: &'static str, fact: String, fix: impl Into<Option<String>>) -> Self {
+    /// A reason.
+    pub fn refusal(code: &'static str, fact: String, fix: impl Into<Option<String>>) -> Self {
+        debug_assert!(codes::find(code).is_some(), "{code} is not in the table");
         Finding {
             code,
             level: Level::Refusal,
             fact,
             fix: fix.into(),
         }
+    }
+
+    /// What to do, as an order: `give --qemu PATH`.
+    pub fn advice(&self) -> Option<String> {
+        let fix = self.fix.as_ref()?;
+        Some(match fix.starts_with("--") {
+            true => format!("give {fix}"),
+            false => fix.clone(),
+        })
     }
 
     /// A doubt.
@@ -199,8 +144,8 @@ pub fn check(guest: &GuestNeeds, host: &HostFacts) -> Vec<Finding> {
     let mut findings = check_qemu(guest, host);
     findings.extend(check_memory(guest, host));
     for resource in &guest.resources.resources {
-        findings.extend(check_drift(resource, guest));
-        findings.extend(check_file(resource, guest, host));
+        findings.extend(files::check_drift(resource, guest));
+        findings.extend(files::check_file(resource, guest, host));
         findings.extend(check_socket(resource, host));
         findings.extend(check_ports(resource, host));
         findings.extend(check_interface(resource, host));
@@ -286,117 +231,6 @@ fn check_memory(guest: &GuestNeeds, host: &HostFacts) -> Option<Finding> {
         crate::units::human_bytes(available)
     );
     Some(Finding::warning("memory.short", fact, None))
-}
-
-/// Only what QEMU opens; what it makes itself (sockets, output files) need not be there.
-fn must_exist(resource: &Resource) -> bool {
-    match resource.kind {
-        ResourceKind::Chardev => match resource.backend.kind.as_str() {
-            "socket" => !resource.backend.is_server,
-            "pipe" | "serial" | "parallel" => true,
-            _ => false,
-        },
-        ResourceKind::Nic => !resource.backend.is_server,
-        ResourceKind::Display => false,
-        _ => true,
-    }
-}
-
-fn check_file(resource: &Resource, guest: &GuestNeeds, host: &HostFacts) -> Option<Finding> {
-    let path = resource.backend.path.as_ref()?;
-    let fix = remap_fix(resource, "PATH");
-    let name = format!("{} {:?}", resource.kind.word(), resource.id);
-    match host.files.get(path)? {
-        FileFact::Missing if must_exist(resource) => {
-            let fact = format!("{name} needs {path}, which is missing");
-            Some(Finding::refusal("file.missing", fact, fix))
-        }
-        FileFact::Missing => None,
-        FileFact::Present {
-            can_read,
-            can_write,
-            fingerprint,
-        } => {
-            let needed = match (
-                can_read,
-                resource.read_only || *can_write || !is_written(resource),
-            ) {
-                (false, _) => Some("read"),
-                (true, false) => Some("written"),
-                (true, true) => None,
-            };
-            if let Some(needed) = needed {
-                let fact = format!("{name} needs {path}, which may not be {needed}");
-                return Some(Finding::refusal("file.permission", fact, fix));
-            }
-            let (then, now) = (guest.fingerprints.get(path)?, fingerprint.as_ref()?);
-            check_sameness(resource, path, then.compare(now))
-        }
-    }
-}
-
-/// What the guest remembers of a disk is older than the disk: it would destroy what was written since.
-fn check_drift(resource: &Resource, guest: &GuestNeeds) -> Option<Finding> {
-    if !overlay::is_writable_disk(resource) || !guest.drifted.contains(&resource.id) {
-        return None;
-    }
-    let name = format!("{} {:?}", resource.kind.word(), resource.id);
-    let fact = format!(
-        "{name} drifted: the guest ran on with it after the save, so its image fits only an overlay over it or a copy taken at the save"
-    );
-    let fix = match remap_fix(resource, "COPY") {
-        Some(remap) => format!("--throwaway, or {remap}"),
-        None => "--throwaway".to_owned(),
-    };
-    Some(Finding::refusal("disk.drifted", fact, fix))
-}
-
-fn is_written(resource: &Resource) -> bool {
-    matches!(
-        resource.kind,
-        ResourceKind::Disk | ResourceKind::Floppy | ResourceKind::Chardev
-    )
-}
-
-fn check_sameness(resource: &Resource, path: &str, sameness: Sameness) -> Option<Finding> {
-    let name = format!("{} {:?}", resource.kind.word(), resource.id);
-    let is_medium = match resource.kind {
-        ResourceKind::Disk | ResourceKind::Backing | ResourceKind::Cdrom | ResourceKind::Floppy => {
-            true
-        }
-        ResourceKind::Firmware | ResourceKind::Kernel => false,
-        // Logs grow, and the guest has no memory of the others.
-        _ => return None,
-    };
-    let fix = remap_fix(resource, "PATH");
-    match sameness {
-        Sameness::Unchanged => None,
-        // A kernel or a firmware of the same size loads; its bytes are in the image.
-        Sameness::Written | Sameness::Unproven if !is_medium => None,
-        Sameness::Changed | Sameness::Written => {
-            let code = if is_medium {
-                "disk.changed"
-            } else {
-                "file.changed"
-            };
-            let fact = format!("{name}: {path} changed since the guest was saved");
-            let fix = match (is_medium, fix) {
-                (true, Some(remap)) => Some(format!("{remap}, or --accept-changed-disks")),
-                (_, fix) => fix,
-            };
-            Some(Finding::refusal(code, fact, fix))
-        }
-        Sameness::Unproven => {
-            let fact = format!(
-                "{name}: nothing proves that {path} is what it was when the guest was saved"
-            );
-            Some(Finding::warning(
-                "disk.unproven",
-                fact,
-                "--disk-digest at the save".to_owned(),
-            ))
-        }
-    }
 }
 
 fn check_socket(resource: &Resource, host: &HostFacts) -> Option<Finding> {

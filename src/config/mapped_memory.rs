@@ -12,7 +12,7 @@
 //! 3.1); seen with QEMU 10.0.
 
 use super::arguments::{Argument, Arguments};
-use super::compat::{Finding, Level, QemuVersion};
+use super::compat::{Finding, QemuVersion};
 use super::properties::Properties;
 
 /// The first QEMU that maps a file private and writable which it opened for reading only.
@@ -57,13 +57,11 @@ pub struct Mapped {
 
 /// Whether a QEMU is too old; `None` if not.
 pub fn check_qemu(version: QemuVersion, path: &str) -> Option<Finding> {
-    (version < MINIMUM_QEMU).then(|| Finding {
-        code: "map.qemu",
-        level: Level::Refusal,
-        fact: format!(
+    (version < MINIMUM_QEMU).then(|| {
+        let fact = format!(
             "{path} is QEMU {version}, which could only map an image that it may write to; {MINIMUM_QEMU} or later need not"
-        ),
-        fix: Some("--qemu PATH, or restore without --map".to_owned()),
+        );
+        Finding::refusal("map.qemu", fact, "--qemu PATH, or restore without --map".to_owned())
     })
 }
 
@@ -118,12 +116,7 @@ pub fn map(
 }
 
 fn refusal(fact: String) -> Finding {
-    Finding {
-        code: "map.memory",
-        level: Level::Refusal,
-        fact,
-        fix: None,
-    }
+    Finding::refusal("map.memory", fact, None)
 }
 
 /// Why an argument keeps memory from being mapped.

@@ -13,6 +13,7 @@
 //! | [`settings`] | what a user always wants: `config.toml` |
 //! | [`overlay`] | arguments in which the guest writes to throwaway overlays |
 //! | [`isolate`](mod@isolate) | arguments that any number of guests can be started with at once |
+//! | [`inert`](mod@inert) | arguments of a QEMU that has the guest's devices and touches nothing of the host |
 //! | [`restore_arguments`](mod@restore_arguments) | kept arguments → restore arguments |
 //! | [`guest_physical`] | where RAMBlocks lie in guest-physical memory |
 //! | [`mapped_memory`] | guest RAM as a private mapping of an image, and the way back |
@@ -37,6 +38,7 @@ pub mod expand;
 pub mod explain;
 pub mod foreign;
 pub mod guest_physical;
+pub mod inert;
 pub mod isolate;
 pub mod mapped_memory;
 pub mod overlay;
@@ -57,6 +59,7 @@ pub use command_line::{CommandContext, CommandLine, command_line};
 pub use domain_xml::{DomainFacts, Identity, domain_xml, read_identity};
 pub use error::{ConfigError, Reason, Unmodelled};
 pub use explain::{Explanation, explain};
+pub use inert::inert;
 pub use isolate::{Isolated, isolate};
 pub use remap::Remap;
 pub use resources::{Resource, ResourceKind, ResourceTable};

@@ -12,7 +12,7 @@
 //! Source: QEMU `migration/postcopy-ram.c`, `postcopy_ram_supported_by_host`; `hw/virtio/vhost-user.c`; seen with 7.2 and 10.0.
 
 use super::arguments::{Argument, Arguments};
-use super::compat::{Finding, Level};
+use super::compat::Finding;
 
 /// Devices that share guest memory with another process or with hardware; names begin with these.
 const REACHING_DEVICES: [&str; 6] = [
@@ -79,12 +79,7 @@ fn device(argument: &Argument, fix: &str) -> Finding {
 }
 
 fn finding(code: &'static str, fact: String, fix: &str) -> Finding {
-    Finding {
-        code,
-        level: Level::Refusal,
-        fact,
-        fix: Some(fix.to_owned()),
-    }
+    Finding::refusal(code, fact, fix.to_owned())
 }
 
 #[cfg(test)]

@@ -52,6 +52,8 @@ const KEPT_DISPLAYS: [&str; 4] = ["none", "vnc", "egl-headless", "dbus"];
 
 /// The id of the QMP character device that restore arguments add.
 pub const QMP_CHARDEV: &str = "vmstow-qmp";
+/// The id of a second one, for the keeper of a guest that gets its memory while it runs.
+pub const KEEPER_CHARDEV: &str = "vmstow-keeper-qmp";
 /// The id of the monitor that restore arguments add.
 pub const MONITOR: &str = "vmstow-monitor";
 

@@ -21,6 +21,7 @@ mod runtime;
 mod settings;
 mod userfault;
 mod virtiofsd;
+mod vmstate;
 
 pub use emulator::{CpuExpansion, expand_cpu};
 pub use error::HostError;
@@ -43,3 +44,4 @@ pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, 
 pub use settings::settings_files;
 pub use userfault::Userfault;
 pub use virtiofsd::is_virtiofsd_in_c;
+pub use vmstate::{VmstateNames, vmstate_names};

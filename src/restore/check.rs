@@ -73,7 +73,12 @@ fn fingerprints(manifest: &Manifest, now: &ResourceTable) -> BTreeMap<String, Fi
         let (Some(saved), Some(fingerprint)) = (resource(kept), &kept.fingerprint) else {
             continue;
         };
-        let now = now.find(saved.kind, &saved.id);
+        // Other arguments may know the same file under another name.
+        let same =
+            |one: &&Resource| one.kind == saved.kind && one.backend.path == saved.backend.path;
+        let now = now
+            .find(saved.kind, &saved.id)
+            .or_else(|| now.resources.iter().find(same));
         let path = now.and_then(|now| now.backend.path.as_ref());
         if let Some(path) = path.filter(|path| saved.backend.path.as_ref() == Some(path)) {
             fingerprints.insert(
@@ -92,7 +97,7 @@ fn fingerprints(manifest: &Manifest, now: &ResourceTable) -> BTreeMap<String, Fi
     fingerprints
 }
 
-fn version(text: &str) -> QemuVersion {
+pub fn version(text: &str) -> QemuVersion {
     let mut numbers = text.split('.').map(|number| number.parse().unwrap_or(0));
     let mut next = || numbers.next().unwrap_or(0);
     QemuVersion(next(), next(), next())

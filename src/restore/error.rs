@@ -47,6 +47,20 @@ pub enum RestoreError {
         /// Every reason and every warning.
         findings: Vec<Finding>,
     },
+    /// A reason that cannot be overridden.
+    #[error("{code} cannot be overridden: {says}")]
+    NotForced {
+        /// Its code.
+        code: String,
+        /// What it says.
+        says: &'static str,
+    },
+    /// There is no such code.
+    #[error("no reason has the code {code}")]
+    UnknownCode {
+        /// What was given for one.
+        code: String,
+    },
     /// Clones would write to the same disks.
     #[error("{guest} cannot be cloned: its clones would all write to {}", disks.join(" and "))]
     SharedDisks {
@@ -210,6 +224,8 @@ impl Blame for RestoreError {
             | RestoreError::MappedPipe
             | RestoreError::DescribedPipe
             | RestoreError::SharedDisks { .. }
+            | RestoreError::NotForced { .. }
+            | RestoreError::UnknownCode { .. }
             | RestoreError::ClonesOfPipe => ErrorKind::Usage,
             RestoreError::Clone { why, .. } => why.kind(),
             RestoreError::NoConfiguration { .. } => ErrorKind::Usage,
@@ -238,8 +254,8 @@ impl Blame for RestoreError {
             RestoreError::Untrusted { resources, .. } => resources.clone(),
             RestoreError::CannotRun { findings, .. } if findings.len() > 1 => findings
                 .iter()
-                .map(|finding| match &finding.fix {
-                    Some(fix) => format!("{} [{}]: give {fix}", finding.fact, finding.code),
+                .map(|finding| match finding.advice() {
+                    Some(advice) => format!("{} [{}]: {advice}", finding.fact, finding.code),
                     None => format!("{} [{}]", finding.fact, finding.code),
                 })
                 .collect(),

@@ -101,7 +101,7 @@ pub fn feed_from_pipe<R: Read>(
     let image = pipe.decode(progress, &mut |raw| feeder.take(raw))?;
     drop(feeder);
     progress.end();
-    plan.confirm(image.manifest()?)?;
+    plan.confirm(&image.manifest()?)?;
     Ok(Given {
         way: Way::Fed,
         stream_bytes: image.stream_len(),

@@ -12,16 +12,21 @@
 //! verified before QEMU gets a byte of it, and all of them before the guest runs. A QEMU that does not reach `completed` is
 //! killed; the image stays as it is.
 
+mod assess;
 mod check;
 mod clones;
 mod describe;
+mod dry_load;
 mod error;
 mod incoming;
 mod lazy;
 mod mapped;
 mod placing;
 mod plan;
+mod rom_size;
 mod side;
+mod target;
+mod verdict;
 
 use std::fs::File;
 use std::io::Read;
@@ -42,6 +47,8 @@ pub use lazy::{
 };
 pub use mapped::{Mapping, Verify, run_verifier};
 pub use plan::{Plan, call_disks_by_id};
+pub use rom_size::RomSize;
+pub use verdict::{Boot, Verdict, check as check_image};
 
 use crate::bytes::ReadAt;
 use crate::config::{Remap, Settings};
@@ -72,6 +79,12 @@ pub struct RestoreRequest {
     pub trust: bool,
     /// Whether a disk that cannot be proven unchanged is accepted even if it certainly changed.
     pub accept_changed_disks: bool,
+    /// Codes of findings that the user overrides.
+    pub force: Vec<String>,
+    /// The room that the ROMs of devices get.
+    pub rom_sizes: Vec<RomSize>,
+    /// Arguments to use instead of those that the image keeps; only to look at.
+    pub arguments: Option<Vec<String>>,
     /// Whether QEMU maps guest memory from the image, and which.
     pub map: Option<Mapping>,
     /// Whether the guest writes to throwaway overlays instead of its disks.

@@ -1,23 +1,20 @@
 //! What would be restored, with which QEMU and arguments, and whether it can be: all asked before QEMU is started.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::check;
 use super::lazy::LazyRequest;
 use super::side;
-use super::{Mapping, RestoreError, RestoreRequest};
+use super::{Mapping, RestoreError, RestoreRequest, RomSize};
 use crate::config::abi::names_of_disks;
-use crate::config::compat::{Finding, Level, QemuVersion};
-use crate::config::foreign::{foreign, open_networks};
+use crate::config::compat::Finding;
 use crate::config::mapped_memory;
 use crate::config::overlay::{self, WritableDisk, is_writable_disk, writable_disks};
-use crate::config::postcopy::obstacles;
 use crate::config::properties::escape;
-use crate::config::remap::{Selector, Target, fitting, idle_networks, kept_with};
-use crate::config::restore_arguments::remap_warnings;
+use crate::config::remap::{Selector, Target, idle_networks, kept_with};
+use crate::config::restore_arguments::KEEPER_CHARDEV;
 use crate::config::xml::Document;
 use crate::config::{
     Arguments, ConfigError, Isolated, Remap, Resource, ResourceKind, ResourceTable, RestoreContext,
@@ -25,15 +22,12 @@ use crate::config::{
 };
 use crate::container::Manifest;
 use crate::error::Result;
-use crate::host::{
-    self, GuestDir, HostError, OverlayRoot, QemuFacts, RuntimeDir, find_qemu, is_name,
-    sanitise_name,
-};
-use crate::image::{Trust, resource_table};
+use crate::host::{GuestDir, HostError, OverlayRoot, QemuFacts, RuntimeDir, sanitise_name};
+use crate::image::resource_table;
 use crate::supervise::{self, Launch};
 
 /// A file below a throwaway overlay.
-struct Base {
+pub(super) struct Base {
     disk: WritableDisk,
     format: String,
     /// The overlay's name.
@@ -43,63 +37,59 @@ struct Base {
 /// A guest that can be restored here.
 pub struct Plan {
     image: Option<PathBuf>,
-    manifest: Manifest,
-    name: String,
-    qemu: QemuFacts,
-    cwd: PathBuf,
-    kept: Arguments,
-    remaps: Vec<Remap>,
+    pub(super) manifest: Manifest,
+    pub(super) name: String,
+    pub(super) qemu: QemuFacts,
+    pub(super) cwd: PathBuf,
+    pub(super) kept: Arguments,
+    pub(super) remaps: Vec<Remap>,
     /// Where the guest's throwaway overlays go, and over what; `None` if it writes to its own disks.
-    throwaway: Option<(OverlayRoot, Vec<Base>)>,
+    pub(super) throwaway: Option<(OverlayRoot, Vec<Base>)>,
     /// Whether it is a clone, which gets backends of its own where the user chose none.
     is_clone: bool,
     /// Whether the guest gets its own name and resources.
-    is_as_saved: bool,
+    pub(super) is_as_saved: bool,
     notes: Vec<String>,
-    warnings: Vec<Finding>,
-    accept_changed_disks: bool,
+    pub(super) warnings: Vec<Finding>,
+    /// What stands against a restore and the user chose to override.
+    pub(super) forced: Vec<Finding>,
+    /// The codes that the user overrides.
+    pub(super) force: Vec<String>,
+    pub(super) accept_changed_disks: bool,
+    /// Values of `-global` that QEMU gets besides.
+    globals: Vec<String>,
+    /// The resolved machine type that the guest would have.
+    pub(super) machine_type: String,
+    /// Whether the arguments are not those that the image keeps.
+    pub(super) has_other_arguments: bool,
     runs_on: bool,
     threads: usize,
     timeout: Duration,
-    lazy: Option<LazyRequest>,
-    mapping: Option<Mapping>,
+    pub(super) lazy: Option<LazyRequest>,
+    pub(super) mapping: Option<Mapping>,
     /// The RAMBlocks that QEMU maps from the image.
-    mapped_blocks: Vec<String>,
+    pub(super) mapped_blocks: Vec<String>,
 }
 
 impl Plan {
-    /// Holds the image against this host.
-    ///
-    /// # Errors
-    /// Whose image it is, or every reason at once for which this host cannot run it.
-    pub fn check(mut manifest: Manifest, trust: &Trust, request: &RestoreRequest) -> Result<Self> {
-        if let Some(name) = request.name.as_ref().filter(|name| !is_name(name)) {
-            return Err(HostError::BadName { name: name.clone() }.into());
-        }
-        if let (Some(name), None) = (&request.name, request.clones) {
-            refuse_taken(name)?;
-        }
-        let name = request
-            .name
-            .clone()
-            .unwrap_or_else(|| manifest.guest.name.clone());
-        let is_trusted = request.trust || trust.is_trusted();
-        let kept = kept_arguments(&manifest, is_trusted)?;
-        let machine_type = manifest.machine.machine_type.clone();
-        let table = ResourceTable::from_arguments(&kept, Some(&machine_type));
-        let mut remaps = fitting(&request.settings.remaps, &table);
-        remaps.extend(request.remaps.iter().cloned());
-        let has_remaps = !remaps.is_empty();
-        let remaps = side::move_states(&mut manifest.qemu.side_programs, remaps, &table);
-        let qemu = QemuFacts::probe(&choose_qemu(request, &manifest, is_trusted)?)?;
-        let is_as_saved =
-            !has_remaps && request.name.is_none() && !request.throwaway && request.clones.is_none();
-        let mut plan = Plan {
+    /// A plan that nothing was held against yet.
+    pub(super) fn new(
+        manifest: Manifest,
+        request: &RestoreRequest,
+        kept: Arguments,
+        remaps: Vec<Remap>,
+        qemu: QemuFacts,
+        machine_type: String,
+        is_trusted: bool,
+    ) -> Self {
+        let name = request.name.clone();
+        let rom_sizes = request.rom_sizes.iter();
+        Plan {
             image: request
                 .image
                 .path()
                 .and_then(|path| std::path::absolute(path).ok()),
-            name,
+            name: name.unwrap_or_else(|| manifest.guest.name.clone()),
             qemu,
             cwd: if is_trusted {
                 PathBuf::from(&manifest.qemu.cwd)
@@ -107,13 +97,21 @@ impl Plan {
                 PathBuf::from("/")
             },
             kept,
+            is_as_saved: remaps.is_empty()
+                && request.name.is_none()
+                && !request.throwaway
+                && request.clones.is_none(),
             remaps,
             throwaway: None,
             is_clone: request.clones.is_some(),
-            is_as_saved,
             notes: Vec::new(),
             warnings: Vec::new(),
+            forced: Vec::new(),
+            force: request.force.clone(),
             accept_changed_disks: request.accept_changed_disks,
+            globals: rom_sizes.map(RomSize::as_global).collect(),
+            machine_type,
+            has_other_arguments: request.arguments.is_some(),
             runs_on: manifest.guest.was_running && !request.paused,
             threads: request.threads,
             timeout: request.timeout,
@@ -121,17 +119,7 @@ impl Plan {
             mapping: request.map.clone(),
             mapped_blocks: Vec::new(),
             manifest,
-        };
-        let arguments = plan.arguments_at(Path::new(side::PLACE), &[])?;
-        let doubts = plan.remap_doubts()?;
-        plan.choose_mapped_blocks(&arguments)?;
-        if !is_trusted {
-            plan.refuse_foreign_resources(&arguments, trust, request)?;
         }
-        plan.look_at_disks(&arguments, request)?;
-        plan.refuse_what_cannot_run(&arguments, request.clones.unwrap_or(1))?;
-        plan.warnings.extend(doubts);
-        Ok(plan)
     }
 
     /// The guest's name here.
@@ -215,11 +203,11 @@ impl Plan {
         Ok(command)
     }
 
-    fn arguments_at(&self, directory: &Path, overlays: &[Remap]) -> Result<Vec<String>> {
+    pub(super) fn arguments_at(&self, directory: &Path, overlays: &[Remap]) -> Result<Vec<String>> {
         let isolated = self.isolated_at(directory)?;
         let own_name = directory.file_name().map(|name| name.display().to_string());
         let context = RestoreContext {
-            machine_type: self.manifest.machine.machine_type.clone(),
+            machine_type: self.machine_type.clone(),
             qmp_socket: directory.join("qmp.sock").display().to_string(),
             log_dir: directory.display().to_string(),
             name: match &isolated {
@@ -230,6 +218,9 @@ impl Plan {
         let kept = isolated.as_ref().map_or(&self.kept, |it| &it.arguments);
         let remaps = [&self.remaps, overlays].concat();
         let mut arguments = restore_arguments(kept, &context, &remaps)?;
+        for global in &self.globals {
+            arguments.extend(["-global".to_owned(), global.clone()]);
+        }
         if self.lazy.is_some() {
             arguments.extend(keeper_monitor(directory));
         }
@@ -242,22 +233,12 @@ impl Plan {
         Ok(idle_networks(&Arguments::parse(&arguments)?))
     }
 
-    /// What a user should know about the remaps.
-    fn remap_doubts(&self) -> Result<Vec<Finding>> {
-        let isolated = self.isolated_at(Path::new("/nonexistent"))?;
-        let kept = isolated.as_ref().map_or(&self.kept, |it| &it.arguments);
-        let machine_type = &self.manifest.machine.machine_type;
-        let warnings = remap_warnings(kept, machine_type, &self.remaps)?.into_iter();
-        let doubts = warnings.map(|it| Finding::warning(it.code(), it.to_string(), None));
-        Ok(doubts.collect())
-    }
-
     /// The kept arguments for a clone with this directory; `None` for a guest that is no clone.
-    fn isolated_at(&self, directory: &Path) -> Result<Option<Isolated>> {
+    pub(super) fn isolated_at(&self, directory: &Path) -> Result<Option<Isolated>> {
         if !self.is_clone {
             return Ok(None);
         }
-        let machine_type = &self.manifest.machine.machine_type;
+        let machine_type = &self.machine_type;
         // Each has programs of its own beside QEMU.
         let is_side = |one: &Resource| {
             let mut programs = self.manifest.qemu.side_programs.iter();
@@ -279,28 +260,7 @@ impl Plan {
         self.lazy.as_ref()
     }
 
-    /// Finds what can be mapped, if anything shall be.
-    fn choose_mapped_blocks(&mut self, arguments: &[String]) -> Result<()> {
-        let Some(mapping) = &self.mapping else {
-            return Ok(());
-        };
-        let version = &self.qemu.version;
-        let version = QemuVersion(version.major, version.minor, version.micro);
-        let path = self.qemu.path.display().to_string();
-        let mut findings = Vec::from_iter(mapped_memory::check_qemu(version, &path));
-        let mapped = mapped_memory::map(&Arguments::parse(arguments)?, "", &mapping.blocks);
-        match mapped {
-            Ok(mapped) if findings.is_empty() => {
-                self.mapped_blocks = mapped.blocks;
-                return Ok(());
-            }
-            Ok(_) => {}
-            Err(more) => findings.extend(more),
-        }
-        Err(self.cannot_run(findings).into())
-    }
-
-    fn cannot_run(&self, findings: Vec<Finding>) -> RestoreError {
+    pub(super) fn cannot_run(&self, findings: Vec<Finding>) -> RestoreError {
         RestoreError::CannotRun {
             guest: self.name.clone(),
             findings,
@@ -328,7 +288,8 @@ impl Plan {
         let number = image.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let in_qemu = format!("/proc/self/fd/{number}");
         let command = self
-            .make_overlays(&dir)
+            .note_forced(&dir)
+            .and_then(|()| self.make_overlays(&dir))
             .and_then(|overlays| self.command_at(dir.path(), &overlays, &in_qemu));
         let command = match command {
             Ok(command) => command,
@@ -352,6 +313,24 @@ impl Plan {
         })
     }
 
+    /// Writes into the guest's log what the user chose to override.
+    fn note_forced(&self, dir: &GuestDir) -> Result<()> {
+        if self.forced.is_empty() {
+            return Ok(());
+        }
+        let note = |finding: &Finding| {
+            let (code, fact) = (finding.code, &finding.fact);
+            format!("vmstow: restored with --force {code}, although {fact}\n")
+        };
+        let notes: String = self.forced.iter().map(note).collect();
+        let path = dir.log();
+        Ok(fs::write(&path, notes).map_err(|source| HostError::File {
+            act: "write",
+            path,
+            source,
+        })?)
+    }
+
     /// Lays an overlay over each disk that the guest may write to, if it shall not write to its own; these remaps put
     /// them in their places.
     fn make_overlays(&self, dir: &GuestDir) -> Result<Vec<Remap>> {
@@ -369,11 +348,15 @@ impl Plan {
     }
 
     /// Finds what throwaway overlays have to be laid over, and refuses clones without them that would share a disk.
-    fn look_at_disks(&mut self, arguments: &[String], request: &RestoreRequest) -> Result<()> {
+    pub(super) fn look_at_disks(
+        &mut self,
+        arguments: &[String],
+        request: &RestoreRequest,
+    ) -> Result<()> {
         if let Some(isolated) = self.isolated_at(Path::new(side::PLACE))? {
             self.notes = isolated.notes;
         }
-        let machine_type = &self.manifest.machine.machine_type;
+        let machine_type = &self.machine_type;
         let arguments = Arguments::parse(arguments)?;
         if !request.throwaway {
             let table = ResourceTable::from_arguments(&arguments, Some(machine_type));
@@ -413,107 +396,6 @@ impl Plan {
         self.throwaway = Some((root, bases.collect::<Result<_, _>>()?));
         Ok(())
     }
-
-    /// Holds the final manifest of an image that came through a pipe against the provisional one, with which QEMU was
-    /// started, and its disks against this host.
-    pub(super) fn confirm(&self, manifest: Manifest) -> Result<()> {
-        let guest = self.name.clone();
-        let began = &self.manifest;
-        if manifest.qemu.argv != began.qemu.argv
-            || manifest.machine != began.machine
-            || manifest.remaps != began.remaps
-            || manifest.qemu.binary != began.qemu.binary
-            || manifest.guest.name != began.guest.name
-        {
-            return Err(RestoreError::HeadDiffers { guest }.into());
-        }
-        let arguments = self.arguments_at(Path::new(side::PLACE), &[])?;
-        let needs = check::needs(&manifest, &arguments)?;
-        let facts = check::host_facts(&self.qemu, &needs, &self.cwd);
-        let mut findings = crate::config::compat::check(&needs, &facts);
-        findings.retain(|finding| match finding.code {
-            "disk.changed" => !self.accept_changed_disks,
-            code => code == "file.changed",
-        });
-        if findings.is_empty() {
-            Ok(())
-        } else {
-            Err(RestoreError::CannotRun { guest, findings }.into())
-        }
-    }
-
-    /// An image of a stranger may use only what the user named for it.
-    fn refuse_foreign_resources(
-        &self,
-        arguments: &[String],
-        trust: &Trust,
-        request: &RestoreRequest,
-    ) -> Result<()> {
-        let arguments = Arguments::parse(arguments)?;
-        // What a restore adds itself lies in the runtime directory, for which this stands.
-        let is_named = |name: &str| {
-            let is_ours = name.starts_with("/nonexistent/") && !name.contains("..");
-            is_ours || self.remaps.iter().any(|remap| remap.names(name))
-        };
-        let allow = &request.settings.allow;
-        let mut resources = foreign(&arguments, &is_named, allow);
-        resources.extend(side::shown(&self.manifest.qemu.side_programs));
-        let is_remapped = |nic: Option<&Resource>| {
-            self.remaps.iter().any(|remap| match nic {
-                Some(nic) => remap.selects(nic),
-                None => remap.selects_all(ResourceKind::Nic),
-            })
-        };
-        resources.extend(open_networks(&arguments, &is_remapped, allow));
-        if resources.is_empty() {
-            return Ok(());
-        }
-        let (guest, state) = (self.name.clone(), trust.to_string());
-        Err(RestoreError::Untrusted {
-            guest,
-            state,
-            resources,
-        }
-        .into())
-    }
-
-    fn refuse_what_cannot_run(&mut self, arguments: &[String], count: u32) -> Result<()> {
-        let mut needs = check::needs(&self.manifest, arguments)?;
-        needs.memory_bytes = needs.memory_bytes.saturating_mul(count.into());
-        if self.throwaway.is_some() {
-            // Below an overlay they are only read.
-            let disks = needs.resources.resources.iter_mut();
-            let disks = disks.filter(|one| is_writable_disk(one));
-            disks.for_each(|disk| disk.read_only = true);
-        }
-        let facts = check::host_facts(&self.qemu, &needs, &self.cwd);
-        let mut findings = crate::config::compat::check(&needs, &facts);
-        if self.lazy.is_some() {
-            let arguments = Arguments::parse(arguments)?;
-            findings.extend(obstacles(&arguments, host::userfaultfd().obstacle()));
-        }
-        if self.accept_changed_disks {
-            for finding in findings
-                .iter_mut()
-                .filter(|finding| finding.code == "disk.changed")
-            {
-                finding.level = Level::Warning;
-            }
-        }
-        if !self.cwd.is_dir() {
-            let (guest, path) = (self.name.clone(), self.cwd.clone());
-            return Err(RestoreError::NoDirectory { guest, path }.into());
-        }
-        if findings
-            .iter()
-            .any(|finding| finding.level == Level::Refusal)
-        {
-            findings.retain(|finding| finding.level == Level::Refusal);
-            return Err(self.cannot_run(findings).into());
-        }
-        self.warnings = findings;
-        Ok(())
-    }
 }
 
 /// A second monitor, for the keeper of a guest that gets its memory while it runs.
@@ -521,9 +403,9 @@ fn keeper_monitor(directory: &Path) -> [String; 4] {
     let path = escape(&directory.join("keeper.qmp").display().to_string());
     [
         "-chardev".to_owned(),
-        format!("socket,id=vmstow-keeper-qmp,path={path},server=on,wait=off"),
+        format!("socket,id={KEEPER_CHARDEV},path={path},server=on,wait=off"),
         "-mon".to_owned(),
-        "id=vmstow-keeper,chardev=vmstow-keeper-qmp,mode=control".to_owned(),
+        format!("id=vmstow-keeper,chardev={KEEPER_CHARDEV},mode=control"),
     ]
 }
 
@@ -534,35 +416,6 @@ impl Base {
             Selector::Id(self.disk.id.clone()),
             Target::Overlay(overlay.display().to_string()),
         )
-    }
-}
-
-/// A name that the user chose is the guest's, or there is no guest.
-fn refuse_taken(name: &str) -> Result<()> {
-    let running = supervise::list(&RuntimeDir::open()?)?.running;
-    match running.into_iter().find(|guest| guest.name == name) {
-        Some(guest) => Err(RestoreError::NameTaken {
-            name: guest.name,
-            pid: guest.process.pid,
-        }
-        .into()),
-        None => Ok(()),
-    }
-}
-
-/// The QEMU asked for; else the one that ran the guest, if the image is trusted and it is there; else the one in PATH.
-fn choose_qemu(request: &RestoreRequest, manifest: &Manifest, is_trusted: bool) -> Result<PathBuf> {
-    if let Some(qemu) = &request.qemu {
-        return Ok(qemu.clone());
-    }
-    if let Some(qemu) = &request.settings.qemu {
-        return Ok(PathBuf::from(qemu));
-    }
-    let saved = Path::new(&manifest.qemu.binary);
-    if is_trusted && saved.is_file() {
-        Ok(saved.to_owned())
-    } else {
-        Ok(find_qemu()?)
     }
 }
 
@@ -591,7 +444,7 @@ pub fn call_disks_by_id(remaps: &mut [Remap], manifest: &Manifest, xml: &str) ->
 
 /// The kept arguments with the disks that the guest had at the save and what was chosen since, if its image is trusted
 /// to name any.
-fn kept_arguments(manifest: &Manifest, is_trusted: bool) -> Result<Arguments> {
+pub(super) fn kept_arguments(manifest: &Manifest, is_trusted: bool) -> Result<Arguments> {
     if manifest.qemu.argv.is_empty() {
         let guest = manifest.guest.name.clone();
         return Err(RestoreError::NoConfiguration { guest }.into());

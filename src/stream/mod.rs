@@ -9,6 +9,7 @@
 //! | [`parser`] | bytes → elements, one after the other |
 //! | `ram`, `page_set` | the records of the `ram` section; which pages came |
 //! | `device_state`, `device_walk`, `footer_search` | the device sections: with their description and without |
+//! | `marks` | what device sections look like where nothing describes them |
 //! | `vmdescription` | the JSON that tells how long they are |
 //! | [`writer`] | the stream around page records that were not made by QEMU |
 //! | [`postcopy`] | what the source of a postcopy migration sends and hears |
@@ -26,6 +27,7 @@ mod device_walk;
 pub mod error;
 mod footer_search;
 pub mod mapped_ram;
+mod marks;
 mod page_set;
 pub mod parser;
 pub mod postcopy;
@@ -42,5 +44,6 @@ pub mod x86_paging;
 pub use device_fields::{DeviceFields, Field, Subsection, Value, device_fields, device_fields_by};
 pub use device_state::{DeviceSection, VmDescription, sections_of};
 pub use error::{Place, StreamError};
+pub use marks::{likely_sections, subsection_names};
 pub use parser::{Element, Event, Parser, StreamSummary, is_stream_start};
 pub use ram::RamBlock;

@@ -113,7 +113,7 @@ pub fn push_str8(bytes: &mut Vec<u8>, text: &str) {
 /// QEMU writes the guest down as running, whatever it is. A migration writes the state that the guest is stopped in, and
 /// so do we.
 pub fn device_sections(saved: &[u8], run_state: &str) -> Option<Vec<u8>> {
-    let sections = saved.strip_prefix(&header())?;
+    let sections = sections_behind_header(saved)?;
     let is_known = sections.first() == Some(&wire::QEMU_VM_SECTION_FULL)
         && sections.last() == Some(&wire::QEMU_VM_EOF);
     if !is_known || run_state.len() >= RUN_STATE_LEN {
@@ -130,6 +130,11 @@ pub fn device_sections(saved: &[u8], run_state: &str) -> Option<Vec<u8>> {
     sections[at..at + running.len()].copy_from_slice(&global_state(run_state));
     sections.extend([wire::QEMU_VM_VMDESCRIPTION, 0, 0, 0, 0]);
     Some(sections)
+}
+
+/// The device sections and the EOF byte in what `xen-save-devices-state` wrote; `None` if it is not as we know it.
+pub fn sections_behind_header(saved: &[u8]) -> Option<&[u8]> {
+    saved.strip_prefix(&header())
 }
 
 /// The beginning of section `globalstate` behind its number: str8 idstr, instance, version, length of the run state with

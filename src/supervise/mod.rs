@@ -10,6 +10,7 @@ mod guardian;
 mod keeper;
 mod launch;
 mod list;
+mod probe;
 mod serial;
 mod serving;
 mod side_process;
@@ -25,6 +26,7 @@ pub use guardian::{Guardian, GuardianInstruction, NodeIdentity, SUBCOMMAND, Then
 pub use keeper::{ask_keeper, run_keeper, start_keeper};
 pub use launch::{GuestDescription, Launch, RunningGuest, launch};
 pub use list::{GuestList, describe, directory_of, list};
+pub use probe::{Probe, ProbePlace};
 pub use serial::{SerialPort, serial_port};
 pub use serving::{Phase, Serving};
 pub use side_process::{

@@ -2,8 +2,9 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use super::process::{Adopted, Process, processes_that_know};
@@ -76,6 +77,25 @@ impl TestDir {
             .env("VMSTOW_SYSTEM_CONFIG", self.join("config/system.toml"))
             .env("NO_COLOR", "1");
         command
+    }
+
+    /// What the program says to a user who is nobody, to whom the directory and all in it is given. This needs root.
+    #[track_caller]
+    pub fn as_nobody(&self, arguments: &[&str]) -> Output {
+        const NOBODY: u32 = 65534;
+        let plain = self.vmstow_command();
+        let program = self.join("vmstow");
+        std::fs::copy(plain.get_program(), &program).unwrap();
+        let owner = NOBODY.to_string();
+        let mut give = Command::new("chown");
+        give.args(["-R", &owner]).arg(self.path());
+        assert!(give.status().unwrap().success());
+        let mut command = Command::new(program);
+        command.args(arguments).uid(NOBODY).gid(NOBODY);
+        for (name, value) in plain.get_envs() {
+            command.env(name, value.unwrap());
+        }
+        command.current_dir(self.path()).output().unwrap()
     }
 
     /// The processes that know this directory, whoever started them: QEMUs, and helpers of ours that still run.

@@ -4,6 +4,8 @@
 //! vector is the one with which `vmstow run` would start a guest from the XML, on the machine type that the stream names and
 //! with the CPU of libvirt's cookie: libvirt, too, replaces the CPU of the XML by that one.
 
+use std::collections::BTreeMap;
+
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -259,6 +261,7 @@ fn machine(domain: Option<&Domain>, known: &Known<'_>) -> Machine {
                 _ => cpu.model.clone(),
             }
         }),
+        cpu_features: BTreeMap::new(),
         vcpus: domain.map_or(1, |domain| domain.vcpus.at_boot()),
         max_vcpus: domain.map(|domain| domain.vcpus.max),
         memory_bytes: match domain {
