@@ -175,7 +175,7 @@ fn options_in_c(line: &mut Line<'_>, share: &Share, directory: &str) -> Vec<Stri
     let mut options = vec!["-f".to_owned(), "-o".to_owned(), words.join(",")];
     for (name, value) in [
         ("thread-pool-size", binary.thread_pool_size.map(u64::from)),
-        ("rlimit-nofile", binary.open_files.map(u64::from)),
+        ("rlimit-nofile", binary.open_files),
     ] {
         options.extend(value.map(|value| format!("--{name}={value}")));
     }

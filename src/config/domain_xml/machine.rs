@@ -189,7 +189,8 @@ impl Story<'_> {
         for (index, object) in objects {
             let id = object.get("id").unwrap_or_default();
             let is_main = main.as_ref() == Some(&id);
-            if !is_main && !(is_cell(&id) && self.is_numa_memory(&id)) {
+            let is_of_cell = is_cell(&id) && self.is_numa_memory(&id);
+            if !is_main && !is_of_cell {
                 continue;
             }
             let Some(memory) = Memory::of(&object) else {

@@ -228,9 +228,10 @@ fn fits(new: &Element, old: &Element) -> bool {
     };
     let kind = |it: &Element| Some(it.get("type")?.to_owned());
     let has_kind = matches!(&*new.name, "controller" | "input" | "hub" | "sound");
-    !is_other(model(new), model(old))
-        && !is_other(bus(new), bus(old))
-        && !(has_kind && is_other(kind(new), kind(old)))
+    let is_another = is_other(model(new), model(old))
+        || is_other(bus(new), bus(old))
+        || has_kind && is_other(kind(new), kind(old));
+    !is_another
 }
 
 fn by_alias(element: &Element) -> Option<String> {
