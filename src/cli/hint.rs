@@ -415,7 +415,7 @@ fn restore_advice(error: &RestoreError) -> Option<String> {
             match advice.as_slice() {
                 [] => return None,
                 [only] if findings.len() == 1 => only.clone(),
-                _ => "do what stands behind each reason; `vmstow check` tells more".to_owned(),
+                _ => "give the flag behind each reason that has one".to_owned(),
             }
         }
         RestoreError::NoConfiguration { .. } => "`vmstow convert IMAGE NEW --xml FILE` gives it one: the domain XML of the guest, as it was when it was saved".to_owned(),
