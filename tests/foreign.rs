@@ -403,6 +403,8 @@ fn bare_streams_come_and_go() {
     let said = dir.refused(2, &["restore", "plain.stow"]);
     assert!(said.contains("has no configuration"), "{said}");
     assert!(said.contains("--xml FILE"), "{said}");
+    let ways = &dir.json(&["inspect", "plain.stow"])["restores"];
+    assert_eq!(ways["eager"]["is_possible"], false);
     let [shown, mapped] = ["guest.mig", "mapped.mig"].map(|file| dir.json(&["inspect", file]));
     assert_eq!(
         (&shown["is_mapped_ram"], &mapped["is_mapped_ram"]),

@@ -242,7 +242,12 @@ fn next_section(source: &FileSource, start: u64) -> Result<Option<u64>> {
     let is_section = |window: &[u8]| window[..4] == magic[..4] && window[8..16] == magic[8..16];
     let mut at = start;
     let mut buf = Vec::new();
-    while at + 16 <= source.len() {
+    loop {
+        // A hole holds no section, however long it takes to read it.
+        at = source.next_data(at).map_err(ImageError::Read)?.max(at);
+        if at.saturating_add(16) > source.len() {
+            return Ok(None);
+        }
         let piece = usize::try_from((source.len() - at).min(PIECE)).unwrap_or(0);
         buf.resize(piece, 0);
         source
@@ -253,7 +258,6 @@ fn next_section(source: &FileSource, start: u64) -> Result<Option<u64>> {
         }
         at += (piece - 15) as u64;
     }
-    Ok(None)
 }
 
 /// The first 16 bytes, or as many as there are.

@@ -111,6 +111,9 @@ fn describe_mapped(description: &mut StreamDescription, opened: &OpenedImage) ->
     let manifest = opened.image().manifest()?;
     description.is_whole = true;
     description.machine_type = Some(manifest.machine.machine_type);
+    if description.libvirt.is_none() {
+        description.run_state = Some(manifest.guest.run_state);
+    }
     description.bytes = opened.image().stream_len();
     let blocks = manifest.ram_blocks.into_iter();
     let sections = manifest.sections.into_iter();

@@ -52,6 +52,14 @@ impl Way {
 /// # Errors
 /// What is wrong with an image of layout `mapped`.
 pub fn ways(opened: &OpenedImage, manifest: &Manifest, trust: &Trust) -> Result<Ways> {
+    if manifest.qemu.argv.is_empty() {
+        let none = || Way::unless(vec!["its image has no configuration".to_owned()]);
+        return Ok(Ways {
+            eager: none(),
+            lazy: none(),
+            map: none(),
+        });
+    }
     let qemu = qemu_of(manifest, trust);
     let no_qemu = qemu.as_ref().err().cloned();
     Ok(Ways {
