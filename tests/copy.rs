@@ -114,6 +114,20 @@ fn whoever_reads_images_reads_those_of_another_host_and_restores_them_lazily_too
     };
     let inspected = answer(&["--json", "inspect", &there]);
     assert_eq!(inspected["restores"]["lazy"], json!([]), "{inspected}");
+    // The other host is this one, and has the guest's disk; our key is a stranger's there.
+    let checked = answer(&["--json", "check", &there, "--on", "other", "--trust"]);
+    assert_eq!(checked["can_run"], json!(true), "{checked}");
+    assert_eq!(checked["is_compared"], json!(true), "{checked}");
+    let qemu = ["--qemu", "/nowhere/qemu"];
+    let output = command(&dir, &other, &["--json", "check", &there, "--on", "other"])
+        .args(qemu)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(4));
+    let checked: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let codes = checked["findings"].as_array().unwrap().iter();
+    let codes: Vec<&str> = codes.map(|it| it["code"].as_str().unwrap()).collect();
+    assert!(codes.contains(&"qemu.missing"), "{checked}");
     let verified = answer(&["--json", "verify", "--deep", &there]);
     assert_eq!(verified["is_whole"], json!(true));
     answer(&["--json", "convert", &there, "y.stow", "--layout", "raw"]);
@@ -389,7 +403,7 @@ fn a_sender_that_lies_at_any_place_never_makes_a_good_file() {
             lies_at,
         };
         let error = peer(&dir)
-            .give(&liar, &order(len), &mut |_| true)
+            .give(&liar, FrameType::Receive, &order(len), &mut |_| true)
             .unwrap_err();
         let is_damage =
             matches!(&error, RemoteError::Refused { kind, .. } if kind.exit_code() == 3);
@@ -400,14 +414,18 @@ fn a_sender_that_lies_at_any_place_never_makes_a_good_file() {
     }
     // One that promises more than it has.
     let honest = FileSource::open(&dir.join("x.stow")).unwrap();
-    let error = peer(&dir).give(&honest, &order(len + 512), &mut |_| true);
+    let error = peer(&dir).give(&honest, FrameType::Receive, &order(len + 512), &mut |_| {
+        true
+    });
     assert!(error.is_err());
-    let error = peer(&dir).give(&honest, b"{}", &mut |_| true).unwrap_err();
+    let error = peer(&dir)
+        .give(&honest, FrameType::Receive, b"{}", &mut |_| true)
+        .unwrap_err();
     assert!(error.to_string().contains("order is not clear"), "{error}");
     assert!(!dir.join("made.stow").exists());
     // What the liars left does no harm.
     peer(&dir)
-        .give(&honest, &order(len), &mut |_| true)
+        .give(&honest, FrameType::Receive, &order(len), &mut |_| true)
         .unwrap();
     assert_same(&dir.join("x.stow"), &dir.join("made.stow"));
 }

@@ -12,14 +12,14 @@ use super::ui::{Ui, threads};
 use super::{About, Failure, Outcome};
 use crate::config::compat::{Finding, Level};
 use crate::error::ErrorKind;
-use crate::image;
+use crate::image::{self, OpenedImage};
 use crate::pipeline;
 use crate::progress::Progress;
 use crate::restore::{
     self, LazyOptions, LazyRequest, Mapping, RestoreRequest, RomSize, Verdict, Verify,
 };
 use crate::run::{self, RunRequest};
-use crate::store::Location;
+use crate::store::{Location, SshLocation};
 
 /// Say whether the guest in an image would run here, and everything that speaks against it
 ///
@@ -29,7 +29,12 @@ use crate::store::Location;
 #[command(after_help = EXAMPLES)]
 pub struct CheckArgs {
     /// The image; - reads standard input
-    image: Location,
+    pub(super) image: Location,
+
+    /// Check on another host, [USER@]HOST[:PORT], by its own vmstow and over ssh; the image stays here, of which only what is
+    /// needed is read
+    #[arg(long, value_name = "HOST", value_parser = host, conflicts_with_all = ["map", "xml"])]
+    on: Option<SshLocation>,
 
     /// Check for this QEMU instead of the one the guest was saved from
     #[arg(long, value_name = "PATH")]
@@ -83,34 +88,90 @@ const EXAMPLES: &str = "\
 Examples:
   vmstow check web01.stow
   vmstow check web01.stow --boot
+  vmstow check web01.stow --on root@host2 --remap disk:disk0=/srv/web01.qcow2
   vmstow check web01.stow --qemu /opt/qemu/bin/qemu-system-x86_64
   vmstow check web01.stow --xml other.xml
   vmstow --json check web01.stow --remap disk:disk0=/srv/web01.qcow2";
 
 /// Checks, and prints what was found.
 pub fn run(args: CheckArgs, ui: &Ui) -> Outcome {
+    if let Some(there) = &args.on {
+        return super::check_far::run(&args, there, ui);
+    }
     let location = args.image.clone();
     let opened = image::open_any(&location, ui).about(&location)?;
     if opened.torn().is_some() {
         ui.warn("the image's last edit was cut off; the generation before it is checked");
     }
-    let manifest = opened.image().manifest().about(&location)?;
-    let mut request = request(&args)?;
+    let verdict = check(&args, opened, ui)?;
+    ui.answer(&verdict, human)?;
+    Ok(exit_code(verdict.can_run))
+}
+
+/// What the program says when it ends.
+pub(super) fn exit_code(can_run: bool) -> ExitCode {
+    match can_run {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(ErrorKind::Host.exit_code()),
+    }
+}
+
+/// Holds an image against this host.
+pub(super) fn check(
+    args: &CheckArgs,
+    opened: OpenedImage,
+    progress: &dyn Progress,
+) -> Result<Verdict, Failure> {
+    let location = &args.image;
+    let manifest = opened.image().manifest().about(location)?;
+    let mut request = request(args)?;
     if !request.remaps.is_empty() {
-        let xml = opened.image().xml().about(&location)?;
-        restore::call_disks_by_id(&mut request.remaps, &manifest, &xml).about(&location)?;
+        let xml = opened.image().xml().about(location)?;
+        restore::call_disks_by_id(&mut request.remaps, &manifest, &xml).about(location)?;
     }
     if args.map {
         let program = invocation(Vec::new(), PathBuf::from("/"))?.program;
-        request.map = Some(Mapping::of(&opened, Verify::Quick, program).about(&location)?);
+        request.map = Some(Mapping::of(&opened, Verify::Quick, program).about(location)?);
     }
-    let verdict = restore::check_image(opened, manifest, &request, args.boot, ui);
-    let verdict = verdict.about(&location)?;
-    ui.answer(&verdict, human)?;
-    Ok(match verdict.can_run {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::from(ErrorKind::Host.exit_code()),
-    })
+    restore::check_image(opened, manifest, &request, args.boot, progress).about(location)
+}
+
+/// A host as an argument.
+fn host(text: &str) -> Result<SshLocation, String> {
+    match format!("ssh://{text}/image").parse() {
+        Ok(Location::Ssh(there)) if !text.contains('/') => Ok(there),
+        _ => Err("it has to be [USER@]HOST[:PORT]".to_owned()),
+    }
+}
+
+impl CheckArgs {
+    /// The words that ask the same of another host.
+    pub(super) fn words(&self) -> Result<Vec<String>, Failure> {
+        let mut words = Vec::new();
+        let mut option = |name: &str, value: String| words.push(format!("--{name}={value}"));
+        if let Some(qemu) = &self.qemu {
+            option("qemu", qemu.display().to_string());
+        }
+        for remap in self.remaps.clone().all()? {
+            option("remap", remap.to_string());
+        }
+        if let Some(dir) = &self.overlay_dir {
+            option("overlay-dir", dir.display().to_string());
+        }
+        for rom_size in &self.rom_sizes {
+            option("romsize", rom_size.to_string());
+        }
+        option("timeout", self.timeout.to_string());
+        let switches = [
+            ("--boot", self.boot),
+            ("--lazy", self.lazy),
+            ("--trust", self.trust),
+            ("--throwaway", self.throwaway),
+        ];
+        let switches = switches.into_iter().filter(|(_, is_given)| *is_given);
+        words.extend(switches.map(|(word, _)| word.to_owned()));
+        Ok(words)
+    }
 }
 
 fn request(args: &CheckArgs) -> Result<RestoreRequest, Failure> {
@@ -170,7 +231,7 @@ fn arguments_of(xml: &Location, args: &CheckArgs) -> Result<Vec<String>, Failure
 }
 
 /// `web01 cannot run here:` and a line or two for each finding.
-fn human(verdict: &Verdict) -> String {
+pub(super) fn human(verdict: &Verdict) -> String {
     let count = |level| {
         verdict
             .findings

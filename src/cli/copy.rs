@@ -109,6 +109,6 @@ pub fn serve(_args: &ServeArgs) -> Outcome {
     let (input, output) = (input.map_err(failed)?, output.map_err(failed)?);
     let name = "the other side".to_owned();
     let peer = Peer::greet(name, File::from(input), File::from(output), None)?;
-    transfer::serve(peer)?;
+    transfer::serve(peer, &super::check_far::serve)?;
     Ok(ExitCode::SUCCESS)
 }

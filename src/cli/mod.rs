@@ -4,6 +4,7 @@
 
 mod ask_qemu;
 mod check;
+mod check_far;
 mod completion;
 mod config;
 mod console;

@@ -10,6 +10,6 @@ mod trust;
 
 pub use change::{ChangeError, Changed, change};
 pub use foreign::{ForeignError, LibvirtSave, Origin, open_any};
-pub use open::{ImageError, OpenedImage, open, open_pipe};
+pub use open::{ImageError, OpenedImage, open, open_offered, open_pipe};
 pub use resources::{resource, resource_table};
 pub use trust::Trust;

@@ -10,6 +10,7 @@ use crate::bytes::ReadAt;
 use crate::container::layout::{FRAME_MAGIC, SECTION_MAGIC};
 use crate::container::{ContainerError, Image, SectionType, TornTail};
 use crate::error::{Blame, Error, ErrorKind, Result};
+use crate::store::remote::RemoteFile;
 use crate::store::{AnyFile, FileSource, Location, spool};
 use crate::stream::{Event, Parser, StreamError, is_stream_start};
 
@@ -123,6 +124,15 @@ pub fn open(location: &Location) -> Result<OpenedImage> {
             Ok(OpenedImage::of_image(image, location, None))
         }
     }
+}
+
+/// Opens the image that somebody on another host offers to read.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_offered(file: RemoteFile) -> Result<OpenedImage> {
+    let image = Image::open(AnyFile::Remote(file))?;
+    Ok(OpenedImage::of_image(image, &Location::Pipe, None))
 }
 
 /// Opens an image that comes through a pipe: it is spooled into the directory for temporary files.

@@ -13,7 +13,7 @@ mod serve;
 
 pub use error::TransferError;
 pub use receive::{CopyReport, ReceiveRequest, receive};
-pub use serve::serve;
+pub use serve::{Checker, serve};
 
 use std::io;
 use std::time::Duration;
@@ -23,7 +23,7 @@ use crate::container::Image;
 use crate::error::{Error, Result};
 use crate::pipeline::PipelineError;
 use crate::progress::Progress;
-use crate::store::remote::{Peer, RemoteError};
+use crate::store::remote::{FrameType, Peer, RemoteError};
 use crate::store::{AnyFile, FileSource, Location, SshLocation, spool};
 
 /// How often a connection that was lost is made again before any more of the image arrived.
@@ -137,7 +137,7 @@ fn give(
         }
         !progress.is_cancelled()
     };
-    let report = peer.give(source, &order, &mut tell);
+    let report = peer.give(source, FrameType::Receive, &order, &mut tell);
     progress.end();
     let report = report?.ok_or(PipelineError::Cancelled)?;
     let other = || TransferError::OtherImage {

@@ -48,11 +48,14 @@ fn unclear(what: &str) -> TransferError {
     }
 }
 
-/// Serves the program at the other end of `peer` until it ends.
+/// Answers an order of type [`FrameType::Check`] about the file that is offered, with a report.
+pub type Checker<'a> = dyn Fn(&[u8], Arc<Asker>) -> Result<Vec<u8>> + 'a;
+
+/// Serves the program at the other end of `peer` until it ends. What a check is `checker` knows.
 ///
 /// # Errors
 /// [`RemoteError::BrokenRule`]; a connection that just ends is none.
-pub fn serve(peer: Peer) -> Result<()> {
+pub fn serve(peer: Peer, checker: &Checker<'_>) -> Result<()> {
     let peer = Arc::new(peer);
     let mut file: Option<FileSource> = None;
     let mut giver = Giver::default();
@@ -70,6 +73,8 @@ pub fn serve(peer: Peer) -> Result<()> {
             }),
             FrameType::Receive => make(&peer, &frame.body)
                 .and_then(|report| Ok(peer.write(FrameType::Received, number, &report)?)),
+            FrameType::Check => check(&peer, &frame.body, checker)
+                .and_then(|report| Ok(peer.write(FrameType::Checked, number, &report)?)),
             _ => match giver.answer(&peer, &frame, file.as_ref().map(|it| it as &dyn ReadAt))? {
                 true => Ok(()),
                 false => return Err(broken(&peer)),
@@ -95,6 +100,15 @@ fn open(path: &[u8]) -> Result<FileSource> {
     let file = FileSource::open(path)?;
     file.lock_shared(path)?;
     Ok(file)
+}
+
+fn check(peer: &Arc<Peer>, order: &[u8], checker: &Checker<'_>) -> Result<Vec<u8>> {
+    if order.len() > MAX_TEXT_LEN {
+        return Err(unclear("it is too long").into());
+    }
+    let asker = Arc::new(Asker::new(Arc::clone(peer)));
+    let outcome = checker(order, Arc::clone(&asker));
+    outcome.map_err(|error| asker.failure().map_or(error, Error::from))
 }
 
 /// Makes the file that is ordered of the one that is offered.

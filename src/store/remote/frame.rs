@@ -35,6 +35,8 @@ pub enum FrameType {
     Receive = 4,
     /// Tells how much is there.
     Progress = 5,
+    /// Asks whether the guest in the image that is offered would run there.
+    Check = 6,
     /// The file is open.
     Opened = 16,
     /// Bytes.
@@ -45,21 +47,25 @@ pub enum FrameType {
     Received = 19,
     /// It failed.
     Failed = 20,
+    /// What the check found.
+    Checked = 21,
 }
 
 impl FrameType {
     /// All of them.
-    pub const ALL: [FrameType; 10] = [
+    pub const ALL: [FrameType; 12] = [
         FrameType::Open,
         FrameType::Read,
         FrameType::NextData,
         FrameType::Receive,
         FrameType::Progress,
+        FrameType::Check,
         FrameType::Opened,
         FrameType::Data,
         FrameType::Place,
         FrameType::Received,
         FrameType::Failed,
+        FrameType::Checked,
     ];
 
     /// The number that stands for it in a frame.

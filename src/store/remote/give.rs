@@ -95,24 +95,30 @@ impl Peer {
         self.write(FrameType::Failed, number, &body)
     }
 
-    /// Orders the peer to make a file of `file`, and lets it read that until it is done. `tell` hears how far it is, and says
-    /// whether to go on.
+    /// Orders the peer to do something with `file`: to make a file of it ([`FrameType::Receive`]) or to check it
+    /// ([`FrameType::Check`]). Lets it read that until it is done, and gives its report. `tell` hears how far it is, and says whether
+    /// to go on.
     ///
     /// # Errors
     /// [`RemoteError::Refused`] with the peer's reason; the connection's. `None` if `tell` ended it.
     pub fn give(
         &self,
         file: &dyn ReadAt,
+        what: FrameType,
         order: &[u8],
         tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
     ) -> Result<Option<Vec<u8>>, RemoteError> {
         const NUMBER: u64 = u64::MAX;
-        self.write(FrameType::Receive, NUMBER, order)?;
+        self.write(what, NUMBER, order)?;
+        let report = match what {
+            FrameType::Check => FrameType::Checked,
+            _ => FrameType::Received,
+        };
         let mut giver = Giver::default();
         loop {
             let frame = self.read()?;
             let progress = match frame.frame_type {
-                FrameType::Received if frame.number == NUMBER => return Ok(Some(frame.body)),
+                found if found == report && frame.number == NUMBER => return Ok(Some(frame.body)),
                 FrameType::Failed if frame.number == NUMBER => {
                     return Err(refusal(self, &frame.body));
                 }
