@@ -452,7 +452,7 @@ fn a_client_that_talks_nonsense_is_told_so_and_left() {
     file.read_exact_at(&mut buffer, 0).unwrap();
 
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
-    for round in 0..60 {
+    for round in 0..60u8 {
         let mut child = served(&dir);
         let mut input = child.stdin.take().unwrap();
         let mut bytes = vmstow_greeting();
@@ -464,7 +464,7 @@ fn a_client_that_talks_nonsense_is_told_so_and_left() {
         }
         if round % 2 == 0 {
             // A whole header of some type, so that the body is what is nonsense.
-            bytes[16..24].copy_from_slice(&[40, 0, 0, 0, 1 + (round / 2 % 20) as u8, 0, 0, 0]);
+            bytes[16..24].copy_from_slice(&[40, 0, 0, 0, 1 + round / 2 % 21, 0, 0, 0]);
         }
         if round % 5 == 0 {
             bytes[3] ^= 1;

@@ -31,8 +31,8 @@ pub struct CheckArgs {
     /// The image; - reads standard input
     pub(super) image: Location,
 
-    /// Check on another host, [USER@]HOST[:PORT], by its own vmstow and over ssh; the image stays here, of which only what is
-    /// needed is read
+    /// Check on another host, USER@HOST:PORT or less of it, by its own vmstow and over ssh; the image stays here, and only what
+    /// is needed of it is read
     #[arg(long, value_name = "HOST", value_parser = host, conflicts_with_all = ["map", "xml"])]
     on: Option<SshLocation>,
 

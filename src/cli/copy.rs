@@ -16,8 +16,8 @@ use crate::units::human_bytes;
 /// Copy an image, here or to and from another host
 ///
 /// Every chunk is verified when it arrives, and the copy gets its name only when it is whole. Run the same command again
-/// after an interruption: it goes on where it stopped. Locations on other hosts are written ssh://[USER@]HOST[:PORT]/PATH,
-/// with /~/PATH for one in the home directory; your own ssh makes the connection, and vmstow has to be installed there.
+/// after an interruption: it goes on where it stopped. Locations on other hosts are written ssh://USER@HOST:PORT/PATH, of
+/// which user and port may be left out, with /~/PATH for one in the home directory; your own ssh makes the connection, and vmstow has to be installed there.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct CopyArgs {
