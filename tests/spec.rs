@@ -11,6 +11,7 @@ use sample_images::{full_manifest, provisional_manifest, short_manifest, small_i
 use serde_json::Value;
 use vmstow::container::layout::{TABLES, chunk_table, footer, head, page_map, section, signature};
 use vmstow::container::{Image, Layout, SectionType, layout};
+use vmstow::store::remote::{FrameType, MAX_BODY_LEN};
 
 fn spec(name: &str) -> String {
     std::fs::read_to_string(format!("{}/spec/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
@@ -73,6 +74,26 @@ fn the_tables_of_the_spec_have_no_holes() {
         }
         assert!([0, 32].contains(&rows[0].1.start));
     }
+}
+
+#[test]
+fn the_spec_names_the_frames_of_the_code() {
+    let text = spec("transfer.md");
+    for frame_type in FrameType::ALL {
+        let name: String = format!("{frame_type:?}")
+            .chars()
+            .enumerate()
+            .flat_map(|(at, c)| {
+                let gap = (at > 0 && c.is_uppercase()).then_some('_');
+                gap.into_iter().chain(c.to_uppercase())
+            })
+            .collect();
+        let row = format!("| {} | `{name}` |", frame_type.number());
+        assert!(text.contains(&row), "{row}");
+    }
+    let rows = text.lines().filter(|line| line.contains("` | ")).count();
+    assert_eq!(rows, FrameType::ALL.len());
+    assert!(text.contains(&MAX_BODY_LEN.to_string().replace("1048576", "1,048,576")));
 }
 
 #[test]

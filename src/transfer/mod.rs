@@ -26,7 +26,7 @@ use crate::progress::Progress;
 use crate::store::remote::{FrameType, Peer, RemoteError};
 use crate::store::{AnyFile, FileSource, Location, SshLocation, spool};
 
-/// How often a connection that was lost is made again before any more of the image arrived.
+/// How often a connection that was lost is made again.
 const TRIES: u32 = 5;
 
 /// What is to be copied.
@@ -50,9 +50,17 @@ pub struct CopyRequest {
 pub fn copy(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyReport> {
     let mut failures = Failures::default();
     loop {
-        match copy_once(request, progress) {
-            Err(error) if failures.may_go_on(&error, progress) => {}
-            outcome => return outcome,
+        let error = match copy_once(request, progress) {
+            Err(error) => error,
+            copied => return copied,
+        };
+        let goes_on = failures.may_go_on(&error, progress);
+        // Ctrl-C at a terminal ends ssh as well; that is no lost connection.
+        if progress.is_cancelled() {
+            return Err(PipelineError::Cancelled.into());
+        }
+        if !goes_on {
+            return Err(error);
         }
     }
 }
@@ -84,7 +92,7 @@ impl Failures {
         progress.warn(&format!("{error}; trying again in {} s", wait.as_secs()));
         for _ in 0..wait.as_millis() / 50 {
             if progress.is_cancelled() {
-                return false;
+                break;
             }
             std::thread::sleep(Duration::from_millis(50));
         }
