@@ -119,9 +119,8 @@ pub fn open(location: &Location) -> Result<OpenedImage> {
         Location::Path(path) => open_source(FileSource::open(path)?, location),
         Location::Pipe => open_pipe(&mut io::stdin().lock()),
         Location::Ssh(there) => {
-            let source = AnyFile::open_far(there)?;
-            let image = Image::open(source)?;
-            Ok(OpenedImage::of_image(image, location, None))
+            let file = RemoteFile::open_at(there)?;
+            open_far(file, location)
         }
     }
 }
@@ -131,8 +130,21 @@ pub fn open(location: &Location) -> Result<OpenedImage> {
 /// # Errors
 /// As [`open`].
 pub fn open_offered(file: RemoteFile) -> Result<OpenedImage> {
-    let image = Image::open(AnyFile::Remote(file))?;
-    Ok(OpenedImage::of_image(image, &Location::Pipe, None))
+    open_far(file, &Location::Pipe)
+}
+
+/// As [`open_source`], but for torn edits: finding their beginning takes all of the file.
+fn open_far(file: RemoteFile, location: &Location) -> Result<OpenedImage> {
+    match Image::open(AnyFile::Remote(file.clone())) {
+        Ok(image) => Ok(OpenedImage::of_image(image, location, None)),
+        Err(error) => {
+            let mut beginning = [0; 16];
+            let len = usize::try_from(file.len().min(16)).unwrap_or(16);
+            let read = file.read_exact_at(&mut beginning[..len], 0);
+            read.map_err(ImageError::Read)?;
+            Err(better(error, &beginning[..len]))
+        }
+    }
 }
 
 /// Opens an image that comes through a pipe: it is spooled into the directory for temporary files.

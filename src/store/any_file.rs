@@ -1,10 +1,9 @@
 //! A file, wherever it is, to be read at any place.
 
 use std::io;
-use std::sync::Arc;
 
-use super::remote::{Asker, Peer, RemoteError, RemoteFile};
-use super::{FileSource, SshLocation, StoreError};
+use super::remote::{RemoteError, RemoteFile};
+use super::{FileSource, StoreError};
 use crate::bytes::ReadAt;
 
 /// A file of this host, or of another.
@@ -17,15 +16,6 @@ pub enum AnyFile {
 }
 
 impl AnyFile {
-    /// Opens a file of another host.
-    ///
-    /// # Errors
-    /// [`RemoteError`].
-    pub fn open_far(there: &SshLocation) -> Result<Self, RemoteError> {
-        let asker = Arc::new(Asker::new(Arc::new(Peer::connect(there)?)));
-        RemoteFile::open(asker, &there.path).map(AnyFile::Remote)
-    }
-
     /// The file, if it is one of this host.
     pub fn local(&self) -> Option<&FileSource> {
         match self {

@@ -21,9 +21,10 @@ use std::time::Duration;
 use crate::bytes::ReadAt;
 use crate::container::Image;
 use crate::error::{Error, Result};
+use crate::image;
 use crate::pipeline::PipelineError;
 use crate::progress::Progress;
-use crate::store::remote::{FrameType, Peer, RemoteError};
+use crate::store::remote::{FrameType, Peer, RemoteError, RemoteFile};
 use crate::store::{AnyFile, FileSource, Location, SshLocation, spool};
 
 /// How often a connection that was lost is made again.
@@ -158,10 +159,11 @@ fn give(
     }
 }
 
-/// The image that is copied.
+/// The image that is copied. What is none is told by the words of whoever opens images.
 fn open(location: &Location) -> Result<AnyFile> {
     Ok(match location {
         Location::Path(path) => {
+            image::open(location)?;
             let file = FileSource::open(path)?;
             file.lock_shared(path)?;
             AnyFile::File(file)
@@ -170,6 +172,10 @@ fn open(location: &Location) -> Result<AnyFile> {
             let mut stdin = io::stdin().lock();
             AnyFile::File(spool(&mut stdin, &std::env::temp_dir())?)
         }
-        Location::Ssh(there) => AnyFile::open_far(there)?,
+        Location::Ssh(there) => {
+            let file = RemoteFile::open_at(there)?;
+            image::open_offered(file.clone())?;
+            AnyFile::Remote(file)
+        }
     })
 }

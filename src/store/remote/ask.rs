@@ -13,6 +13,7 @@ use super::peer::lock;
 use super::{Peer, RemoteError};
 use crate::bytes::ReadAt;
 use crate::error::ErrorKind;
+use crate::store::SshLocation;
 
 /// Asks a [`Peer`]; any number of threads may.
 #[derive(Debug)]
@@ -174,6 +175,15 @@ impl RemoteFile {
             Ok(len) => Ok(RemoteFile::offered(asker, u64::from_le_bytes(len))),
             Err(_) => Err(asker.fail(asker.peer.broke("a length that is none"))),
         }
+    }
+
+    /// Opens a file of another host.
+    ///
+    /// # Errors
+    /// As [`Peer::connect`] and [`RemoteFile::open`].
+    pub fn open_at(there: &SshLocation) -> Result<Self, RemoteError> {
+        let asker = Arc::new(Asker::new(Arc::new(Peer::connect(there)?)));
+        RemoteFile::open(asker, &there.path)
     }
 
     /// The one file that the peer offers.
