@@ -78,7 +78,7 @@ pub fn serve(order: &[u8], asker: Arc<Asker>) -> Result<Vec<u8>> {
     let words = ["check", "-"].into_iter().map(str::to_owned);
     let words = Words::try_parse_from(words.chain(order.arguments));
     let args = words.map_err(|error| unclear(error.to_string()))?.check;
-    let opened = image::open_offered(RemoteFile::offered(asker, order.length))?;
+    let opened = image::open_offered(Arc::new(RemoteFile::offered(asker, order.length)))?;
     let verdict = check(&args, opened, &Silent).map_err(|failure| failure.error)?;
     let text = human(&verdict);
     let verdict = match serde_json::to_value(&verdict) {

@@ -311,7 +311,7 @@ fn origin(
             }
             image::open_pipe(&mut stdin).about(location)?
         }
-        Location::Path(_) | Location::Ssh(_) => image::open(location).about(location)?,
+        _ => image::open(location).about(location)?,
     };
     if opened.torn().is_some() {
         ui.warn("the image's last edit was cut off; the generation before it is restored");

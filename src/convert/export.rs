@@ -80,11 +80,11 @@ pub fn export(
     match &request.target {
         Location::Pipe if has_places(request.form) => Err(ConvertError::NoPlaces.into()),
         Location::Pipe => write(opened, request, &mut PipeSink::stdout()?, progress),
-        Location::Ssh(there) => Err(there.refused().into()),
         Location::Path(path) => {
             let mut sink = FileSink::create(path, request.may_replace)?;
             write(opened, request, &mut sink, progress)
         }
+        far => Err(far.refused().into()),
     }
 }
 

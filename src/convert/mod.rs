@@ -100,8 +100,8 @@ fn with_sink(
             Err(PipelineError::NoPlaces.into())
         }
         Location::Pipe => work(&mut PipeSink::stdout()?),
-        Location::Ssh(there) => Err(there.refused().into()),
         Location::Path(path) => work(&mut FileSink::create(path, request.may_replace)?),
+        far => Err(far.refused().into()),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use super::foreign::Origin;
 use super::foreign::libvirt::is_save_image;
@@ -10,8 +11,7 @@ use crate::bytes::ReadAt;
 use crate::container::layout::{FRAME_MAGIC, SECTION_MAGIC};
 use crate::container::{ContainerError, Image, SectionType, TornTail};
 use crate::error::{Blame, Error, ErrorKind, Result};
-use crate::store::remote::RemoteFile;
-use crate::store::{AnyFile, FileSource, Location, spool};
+use crate::store::{AnyFile, FarFile, FileSource, Location, open_far, spool};
 use crate::stream::{Event, Parser, StreamError, is_stream_start};
 
 /// Bytes read at a time where a file is searched.
@@ -118,30 +118,27 @@ pub fn open(location: &Location) -> Result<OpenedImage> {
     match location {
         Location::Path(path) => open_source(FileSource::open(path)?, location),
         Location::Pipe => open_pipe(&mut io::stdin().lock()),
-        Location::Ssh(there) => {
-            let file = RemoteFile::open_at(there)?;
-            open_far(file, location)
-        }
+        far => of_far(open_far(far)?, location),
     }
 }
 
-/// Opens the image that somebody on another host offers to read.
+/// Opens an image that somebody elsewhere lets us read.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_offered(file: RemoteFile) -> Result<OpenedImage> {
-    open_far(file, &Location::Pipe)
+pub fn open_offered(file: Arc<dyn FarFile>) -> Result<OpenedImage> {
+    of_far(file, &Location::Pipe)
 }
 
 /// As [`open_source`], but for torn edits: finding their beginning takes all of the file.
-fn open_far(file: RemoteFile, location: &Location) -> Result<OpenedImage> {
-    match Image::open(AnyFile::Remote(file.clone())) {
+fn of_far(file: Arc<dyn FarFile>, location: &Location) -> Result<OpenedImage> {
+    match Image::open(AnyFile::Far(Arc::clone(&file))) {
         Ok(image) => Ok(OpenedImage::of_image(image, location, None)),
         Err(error) => {
             let mut beginning = [0; 16];
             let len = usize::try_from(file.len().min(16)).unwrap_or(16);
             let read = file.read_exact_at(&mut beginning[..len], 0);
-            read.map_err(ImageError::Read)?;
+            read.map_err(|error| file.failure().unwrap_or(ImageError::Read(error).into()))?;
             Err(better(error, &beginning[..len]))
         }
     }

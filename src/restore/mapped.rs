@@ -64,7 +64,7 @@ impl Mapping {
         let path = match opened.location() {
             Location::Path(path) => path,
             Location::Pipe => return Err(RestoreError::MappedPipe.into()),
-            Location::Ssh(there) => return Err(there.refused().into()),
+            far => return Err(far.refused().into()),
         };
         if image.layout() != Layout::Mapped {
             let layout = image.layout().to_string();

@@ -206,9 +206,9 @@ fn restore_lazily(
     if *image.location() == Location::Pipe {
         return Err(piped_and_lazy(plan));
     }
-    if let (Location::Ssh(there), true) = (image.location(), request.options.records) {
+    if image.location().is_far() && request.options.records {
         // What is asked for is kept in the image itself.
-        return Err(there.refused().into());
+        return Err(image.location().refused().into());
     }
     let guest = plan.name().to_owned();
     let xml = image.image().xml()?;

@@ -193,12 +193,12 @@ pub fn save(request: &SaveRequest, progress: &dyn Progress) -> Result<SaveReport
     let plan = Plan::check(request)?;
     match &request.target {
         Location::Pipe => save_into(plan, request, &mut PipeSink::stdout()?, progress),
-        Location::Ssh(there) => Err(there.refused().into()),
         Location::Path(path) => {
             let guest = GuardedGuest::guard(plan, request, Some(path))?;
             let (guest, mut sink) = guest.create(path, request.may_replace)?;
             save_guarded(guest, request, &mut sink, progress)
         }
+        far => Err(far.refused().into()),
     }
 }
 

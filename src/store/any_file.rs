@@ -1,18 +1,52 @@
 //! A file, wherever it is, to be read at any place.
 
+use std::fmt;
 use std::io;
+use std::sync::Arc;
 
-use super::remote::{RemoteError, RemoteFile};
-use super::{FileSource, StoreError};
+use super::remote::RemoteFile;
+use super::{FileSource, Location, StoreError};
 use crate::bytes::ReadAt;
+use crate::error::{Error, Result};
 
-/// A file of this host, or of another.
+/// Something that lies elsewhere, to be read at any place by any thread.
+pub trait FarFile: ReadAt + fmt::Debug {
+    /// Why nothing can be read any more, if so: a connection that ended, an object that was replaced.
+    fn failure(&self) -> Option<Error>;
+}
+
+impl FarFile for RemoteFile {
+    fn failure(&self) -> Option<Error> {
+        self.asker().failure().map(Error::from)
+    }
+}
+
+/// Opens what lies elsewhere.
+///
+/// # Errors
+/// [`StoreError::NotALocation`] for a path or a pipe; [`StoreError::NotBuilt`]; what the other side says.
+pub fn open_far(location: &Location) -> Result<Arc<dyn FarFile>> {
+    let there = location.to_string();
+    let not_built = |feature| StoreError::NotBuilt { feature, there };
+    match location {
+        Location::Path(_) | Location::Pipe => Err(StoreError::NotALocation {
+            text: location.to_string(),
+        }
+        .into()),
+        Location::Ssh(there) => Ok(Arc::new(RemoteFile::open_at(there)?)),
+        Location::Object(_) => Err(not_built("s3").into()),
+        Location::Web(_) => Err(not_built("http").into()),
+        Location::Registry(_) => Err(not_built("oci").into()),
+    }
+}
+
+/// A file of this host, or of another place.
 #[derive(Debug)]
 pub enum AnyFile {
     /// Of this host.
     File(FileSource),
-    /// Of another.
-    Remote(RemoteFile),
+    /// Of another place.
+    Far(Arc<dyn FarFile>),
 }
 
 impl AnyFile {
@@ -20,11 +54,11 @@ impl AnyFile {
     pub fn local(&self) -> Option<&FileSource> {
         match self {
             AnyFile::File(file) => Some(file),
-            AnyFile::Remote(_) => None,
+            AnyFile::Far(_) => None,
         }
     }
 
-    /// As [`FileSource::lock_shared`]; the other host does so by itself.
+    /// As [`FileSource::lock_shared`]; the other side does so by itself.
     ///
     /// # Errors
     /// As [`FileSource::lock_shared`].
@@ -32,11 +66,11 @@ impl AnyFile {
         self.local().map_or(Ok(()), |file| file.lock_shared(path))
     }
 
-    /// Why nothing can be read any more, if so: a connection that ended.
-    pub fn failure(&self) -> Option<RemoteError> {
+    /// As [`FarFile::failure`].
+    pub fn failure(&self) -> Option<Error> {
         match self {
             AnyFile::File(_) => None,
-            AnyFile::Remote(file) => file.asker().failure(),
+            AnyFile::Far(file) => file.failure(),
         }
     }
 }
@@ -57,21 +91,21 @@ impl ReadAt for AnyFile {
     fn len(&self) -> u64 {
         match self {
             AnyFile::File(file) => file.len(),
-            AnyFile::Remote(file) => file.len(),
+            AnyFile::Far(file) => file.len(),
         }
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         match self {
             AnyFile::File(file) => file.read_exact_at(buf, offset),
-            AnyFile::Remote(file) => file.read_exact_at(buf, offset),
+            AnyFile::Far(file) => file.read_exact_at(buf, offset),
         }
     }
 
     fn next_data(&self, offset: u64) -> io::Result<u64> {
         match self {
             AnyFile::File(file) => file.next_data(offset),
-            AnyFile::Remote(file) => file.next_data(offset),
+            AnyFile::Far(file) => file.next_data(offset),
         }
     }
 }

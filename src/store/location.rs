@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use super::StoreError;
 
-/// A path, `-` for standard input or output, or a file of another host.
+/// A path, `-` for standard input or output, or a place elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Location {
     /// A file of this host.
@@ -15,6 +15,12 @@ pub enum Location {
     Pipe,
     /// `ssh://[USER@]HOST[:PORT]/PATH`
     Ssh(SshLocation),
+    /// `s3://BUCKET/KEY`
+    Object(ObjectLocation),
+    /// `http://…` or `https://…`, as it was written; to be read only.
+    Web(String),
+    /// `oci://REGISTRY/NAME:TAG`
+    Registry(RegistryLocation),
 }
 
 /// A file of another host, which is reached by `ssh`.
@@ -30,17 +36,40 @@ pub struct SshLocation {
     pub path: PathBuf,
 }
 
+/// An object of an object store. Where that is, the environment and its configuration files say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectLocation {
+    /// The bucket.
+    pub bucket: String,
+    /// The object's key in it.
+    pub key: String,
+}
+
+/// An artifact of a registry of container images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegistryLocation {
+    /// `HOST[:PORT]`
+    pub registry: String,
+    /// The repository's name there; it may hold slashes.
+    pub repository: String,
+    /// The artifact's tag in it.
+    pub tag: String,
+}
+
 impl Location {
     /// The path, if it is a file of this host.
     pub fn path(&self) -> Option<&std::path::Path> {
         match self {
             Location::Path(path) => Some(path),
-            Location::Pipe | Location::Ssh(_) => None,
+            _ => None,
         }
     }
-}
 
-impl SshLocation {
+    /// Whether it is a place elsewhere.
+    pub fn is_far(&self) -> bool {
+        !matches!(self, Location::Path(_) | Location::Pipe)
+    }
+
     /// For whom only takes files of this host.
     pub fn refused(&self) -> StoreError {
         StoreError::FarAway {
@@ -62,6 +91,14 @@ impl FromStr for Location {
             ("-", _) => Ok(Location::Pipe),
             ("", _) => Err(wrong()),
             (_, Some(("ssh", rest))) => parse_ssh(rest).map(Location::Ssh).ok_or_else(wrong),
+            (_, Some(("s3", rest))) => parse_object(rest).map(Location::Object).ok_or_else(wrong),
+            (_, Some(("oci", rest))) => parse_registry(rest)
+                .map(Location::Registry)
+                .ok_or_else(wrong),
+            (_, Some(("http" | "https", rest))) => match is_web(rest) {
+                true => Ok(Location::Web(text.to_owned())),
+                false => Err(wrong()),
+            },
             (_, Some(_)) => Err(wrong()),
             (path, None) => Ok(Location::Path(PathBuf::from(path))),
         }
@@ -77,11 +114,7 @@ fn parse_ssh(text: &str) -> Option<SshLocation> {
     };
     let (host, port) = host_and_port(address)?;
     // ssh would take such words for options.
-    let may_stand = |word: &str| {
-        !word.is_empty()
-            && !word.starts_with('-')
-            && !word.contains(|c: char| c.is_control() || c.is_whitespace())
-    };
+    let may_stand = |word: &str| is_word(word) && !word.starts_with('-');
     let path = match path.strip_prefix("~/") {
         Some(in_home) => in_home.to_owned(),
         None => format!("/{path}"),
@@ -95,6 +128,39 @@ fn parse_ssh(text: &str) -> Option<SshLocation> {
         port,
         path: PathBuf::from(path),
     })
+}
+
+/// What stands behind `s3://`.
+fn parse_object(text: &str) -> Option<ObjectLocation> {
+    let (bucket, key) = text.split_once('/')?;
+    let is_clear = is_word(bucket) && !key.is_empty() && !key.contains(char::is_control);
+    is_clear.then(|| ObjectLocation {
+        bucket: bucket.to_owned(),
+        key: key.to_owned(),
+    })
+}
+
+/// What stands behind `oci://`.
+fn parse_registry(text: &str) -> Option<RegistryLocation> {
+    let (registry, name) = text.split_once('/')?;
+    let (repository, tag) = name.rsplit_once(':')?;
+    let is_clear = [registry, repository, tag].into_iter().all(is_word);
+    (is_clear && !tag.contains('/')).then(|| RegistryLocation {
+        registry: registry.to_owned(),
+        repository: repository.to_owned(),
+        tag: tag.to_owned(),
+    })
+}
+
+/// Whether a host and a file stand behind `http://`.
+fn is_web(text: &str) -> bool {
+    let parts = text.split_once('/');
+    is_word(text) && parts.is_some_and(|(host, path)| !host.is_empty() && !path.is_empty())
+}
+
+/// Something without blanks in it.
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && !text.contains(|c: char| c.is_control() || c.is_whitespace())
 }
 
 /// `HOST`, `HOST:PORT`, `[ADDRESS]` or `[ADDRESS]:PORT`.
@@ -141,6 +207,13 @@ impl fmt::Display for Location {
             Location::Path(path) => path.display().fmt(f),
             Location::Pipe => f.write_str("-"),
             Location::Ssh(there) => there.fmt(f),
+            Location::Object(there) => write!(f, "s3://{}/{}", there.bucket, there.key),
+            Location::Web(url) => f.write_str(url),
+            Location::Registry(there) => write!(
+                f,
+                "oci://{}/{}:{}",
+                there.registry, there.repository, there.tag
+            ),
         }
     }
 }
@@ -158,7 +231,14 @@ mod tests {
                 Location::Path(path.into())
             );
         }
-        for text in ["", "s3://bucket/x", "ftp://host/x"] {
+        for text in [
+            "",
+            "s3://bucket",
+            "s3:///x",
+            "oci://host/name",
+            "http://host",
+            "ftp://host/x",
+        ] {
             assert!(matches!(
                 text.parse::<Location>(),
                 Err(StoreError::NotALocation { .. })
@@ -181,6 +261,19 @@ mod tests {
                 path: path.into(),
             };
             assert_eq!(location, Location::Ssh(expected));
+            assert_eq!(location.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn objects_artifacts_and_files_of_the_web_are_said_as_they_are_read() {
+        for text in [
+            "s3://bucket/some/key",
+            "oci://localhost:5000/lab/web01:monday",
+            "https://host/images/web01.stow?version=3",
+        ] {
+            let location: Location = text.parse().unwrap();
+            assert!(location.is_far());
             assert_eq!(location.to_string(), text);
         }
     }

@@ -13,10 +13,10 @@ mod pipe;
 pub mod remote;
 mod surroundings;
 
-pub use any_file::AnyFile;
+pub use any_file::{AnyFile, FarFile, open_far};
 pub use append::FileAppender;
 pub use file::{FileIdentity, FileSink, FileSource, check_target, open_to_change, temporary_name};
-pub use location::{Location, SshLocation};
+pub use location::{Location, ObjectLocation, RegistryLocation, SshLocation};
 pub use part::PartFile;
 pub use pipe::{PipeSink, spool};
 pub use surroundings::Surroundings;
@@ -69,8 +69,16 @@ pub enum StoreError {
         /// What was given.
         text: String,
     },
-    /// The file is on another host, and has to be here.
-    #[error("{there} is on another host")]
+    /// What reaches such places is a feature that was left out.
+    #[error("this vmstow was built without {feature}, so it cannot reach {there}")]
+    NotBuilt {
+        /// The feature of the package.
+        feature: &'static str,
+        /// The location.
+        there: String,
+    },
+    /// The file is elsewhere, and has to be here.
+    #[error("{there} is not on this host")]
     FarAway {
         /// The location.
         there: String,
@@ -110,6 +118,7 @@ impl Blame for StoreError {
             StoreError::Exists { .. }
             | StoreError::NotALocation { .. }
             | StoreError::FarAway { .. }
+            | StoreError::NotBuilt { .. }
             | StoreError::Terminal => ErrorKind::Usage,
             StoreError::NotAFile { .. } => ErrorKind::Usage,
             StoreError::InUse { .. }

@@ -16,6 +16,7 @@ pub use receive::{CopyReport, ReceiveRequest, receive};
 pub use serve::{Checker, serve};
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::bytes::ReadAt;
@@ -24,8 +25,8 @@ use crate::error::{Error, Result};
 use crate::image;
 use crate::pipeline::PipelineError;
 use crate::progress::Progress;
-use crate::store::remote::{FrameType, Peer, RemoteError, RemoteFile};
-use crate::store::{AnyFile, FileSource, Location, SshLocation, spool};
+use crate::store::remote::{FrameType, Peer, RemoteError};
+use crate::store::{AnyFile, FileSource, Location, SshLocation, open_far, spool};
 
 /// How often a connection that was lost is made again.
 const TRIES: u32 = 5;
@@ -110,13 +111,14 @@ fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyRepor
                 target: path.clone(),
                 may_replace: request.may_replace,
                 bytes_per_second: request.bytes_per_second,
-                is_far: matches!(source, AnyFile::Remote(_)),
+                is_far: source.local().is_none(),
             };
             receive(&source, &request, progress)
         }
         Location::Ssh(there) => give(&source, there, request, progress),
+        other => Err(other.refused().into()),
     };
-    let report = outcome.map_err(|error| source.failure().map_or(error, Error::from))?;
+    let report = outcome.map_err(|error| source.failure().unwrap_or(error))?;
     Ok(CopyReport {
         source: request.source.to_string(),
         target: request.target.to_string(),
@@ -172,10 +174,10 @@ fn open(location: &Location) -> Result<AnyFile> {
             let mut stdin = io::stdin().lock();
             AnyFile::File(spool(&mut stdin, &std::env::temp_dir())?)
         }
-        Location::Ssh(there) => {
-            let file = RemoteFile::open_at(there)?;
-            image::open_offered(file.clone())?;
-            AnyFile::Remote(file)
+        far => {
+            let file = open_far(far)?;
+            image::open_offered(Arc::clone(&file))?;
+            AnyFile::Far(file)
         }
     })
 }

@@ -57,7 +57,6 @@ pub enum Found {
 /// As [`open_any`].
 pub fn find(location: &Location) -> Result<Found> {
     let (file, image) = match location {
-        Location::Ssh(_) => return Ok(Found::Image(Box::new(open(location)?))),
         Location::Path(path) => {
             let source = FileSource::open(path)?;
             let mut beginning = [0; 16];
@@ -92,6 +91,7 @@ pub fn find(location: &Location) -> Result<Found> {
             let file = spooled.file().try_clone().map_err(ForeignError::Read)?;
             (file, crate::image::open::open_source(spooled, location))
         }
+        _far => return Ok(Found::Image(Box::new(open(location)?))),
     };
     match image {
         Ok(opened) => Ok(Found::Image(Box::new(opened))),

@@ -118,8 +118,8 @@ fn task(
     };
     let location = match opened.location() {
         Location::Path(path) => std::path::absolute(path).map_err(ServeError::Socket)?,
-        Location::Ssh(there) => PathBuf::from(there.to_string()),
         Location::Pipe => return Err(ServeError::NoTask.into()),
+        far => PathBuf::from(far.to_string()),
     };
     Ok(Task {
         image: location,

@@ -99,8 +99,9 @@ impl Task {
 
     /// Where the image is.
     pub fn location(&self) -> Location {
-        let far = self.image.to_str().and_then(|text| text.parse().ok());
-        let far = far.filter(|location| matches!(location, Location::Ssh(_)));
+        let far = self.image.to_str();
+        let far = far.and_then(|text| text.parse::<Location>().ok());
+        let far = far.filter(Location::is_far);
         far.unwrap_or_else(|| Location::Path(self.image.clone()))
     }
 
