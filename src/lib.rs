@@ -14,6 +14,7 @@
 //! | [`pipeline`] [`supervise`] | threads; processes |
 //! | [`image`] | an image of this host, and files of others read as images |
 //! | [`run`] [`save`] [`restore`] [`transfer`] [`convert`] [`configure`] [`inspect`] [`memory`] | the stories |
+//! | [`relocate`] | a story made of stories: guests that move to other hosts |
 //! | [`cli`] | arguments in, words out |
 //!
 //! A module may use those in the rows above it, never its neighbours; `tests/architecture.rs` holds that picture.
@@ -45,5 +46,7 @@ pub mod restore;
 pub mod run;
 pub mod save;
 pub mod transfer;
+
+pub mod relocate;
 
 pub mod cli;

@@ -90,6 +90,7 @@ impl AskQemuArgs {
             threads: pipeline::default_threads(),
             timeout: Duration::from_secs(120),
             lazy: None,
+            held_as: None,
         };
         let xml = opened.image().xml().about(location)?;
         restore::call_disks_by_id(&mut request.remaps, &manifest, &xml).about(location)?;

@@ -137,7 +137,7 @@ pub(super) fn check(
 }
 
 /// A host as an argument.
-fn host(text: &str) -> Result<SshLocation, String> {
+pub(super) fn host(text: &str) -> Result<SshLocation, String> {
     match format!("ssh://{text}/image").parse() {
         Ok(Location::Ssh(there)) if !text.contains('/') => Ok(there),
         _ => Err("it has to be [USER@]HOST[:PORT]".to_owned()),
@@ -211,6 +211,7 @@ fn request(args: &CheckArgs) -> Result<RestoreRequest, Failure> {
         threads: args.threads.unwrap_or_else(pipeline::default_threads),
         timeout: Duration::from_secs(args.timeout),
         lazy,
+        held_as: None,
     })
 }
 

@@ -1,15 +1,12 @@
-//! `vmstow copy` and `vmstow serve`
+//! `vmstow copy`
 
-use std::fs::File;
-use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use clap::Args;
 
 use super::ui::Ui;
 use super::{About, Outcome};
-use crate::store::remote::Peer;
-use crate::store::{Location, StoreError};
+use crate::store::Location;
 use crate::transfer::{self, CopyReport, CopyRequest};
 use crate::units::human_bytes;
 
@@ -45,7 +42,7 @@ Environment:
   VMSTOW_SSH             the command that is used for ssh, with its options
   VMSTOW_REMOTE_PROGRAM  vmstow's path on the other host";
 
-fn rate(text: &str) -> Result<u64, String> {
+pub(super) fn rate(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(['K', 'M', 'G', 'k', 'm', 'g']);
     let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "" => Some(1),
@@ -86,29 +83,4 @@ fn human(report: &CopyReport) -> String {
         human_bytes(report.fetched_bytes),
         report.seconds
     )
-}
-
-/// Read and make images for a vmstow on another host
-///
-/// Started by `vmstow copy` and the like, by way of ssh. It may do what this user may.
-#[derive(Debug, Args)]
-pub struct ServeArgs {
-    /// Talk over standard input and output
-    #[arg(long, required = true)]
-    stdio: bool,
-}
-
-/// Serves until the other side ends.
-pub fn serve(_args: &ServeArgs) -> Outcome {
-    let failed = |source| StoreError::Pipe {
-        act: "open",
-        source,
-    };
-    let input = std::io::stdin().as_fd().try_clone_to_owned();
-    let output = std::io::stdout().as_fd().try_clone_to_owned();
-    let (input, output) = (input.map_err(failed)?, output.map_err(failed)?);
-    let name = "the other side".to_owned();
-    let peer = Peer::greet(name, File::from(input), File::from(output), None)?;
-    transfer::serve(peer, &super::check_far::serve)?;
-    Ok(ExitCode::SUCCESS)
 }

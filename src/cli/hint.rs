@@ -13,6 +13,7 @@ use crate::image::{ForeignError, ImageError};
 use crate::memory::MemoryError;
 use crate::pipeline::PipelineError;
 use crate::qmp::QmpError;
+use crate::relocate::MoveError;
 use crate::restore::{RestoreError, ServeError};
 use crate::run::RunError;
 use crate::save::SaveError;
@@ -116,6 +117,9 @@ fn unsupported(element: &Unmodelled) -> String {
 /// What to do now, behind `try:`.
 pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     let image = image.filter(|image| *image != "-").unwrap_or("IMAGE");
+    if let Some(advice) = error.downcast_ref().and_then(move_advice) {
+        return Some(advice);
+    }
     if let Some(advice) = error.downcast_ref().and_then(save_advice) {
         return Some(advice);
     }
@@ -323,6 +327,21 @@ fn container_advice(error: &ContainerError, image: &str) -> Option<String> {
         }
         ContainerError::Read { .. } | ContainerError::Write { .. } => return None,
         _ => "copy the image again from where it came".to_owned(),
+    })
+}
+
+fn move_advice(error: &MoveError) -> Option<String> {
+    Some(match error {
+        MoveError::NotMoved { why, .. } => return advice(why, None),
+        MoveError::Unknown { .. } => "run the same command again: it asks the other host, and settles it".to_owned(),
+        MoveError::Lost { .. } => {
+            "look there what became of it; then let it run on here (QMP cont), or end it (`vmstow stop`)".to_owned()
+        }
+        MoveError::Unsettled { .. } => "`vmstow move GUEST --settle` settles that one".to_owned(),
+        MoveError::NotEnded { .. } => "run the same command again, or end that QEMU by its monitor".to_owned(),
+        MoveError::RunsTwice { .. } => "end one of them, at once: they write to the same disks".to_owned(),
+        MoveError::NotPutBack { .. } => "`vmstow move GUEST --settle` tries it again".to_owned(),
+        _ => return None,
     })
 }
 

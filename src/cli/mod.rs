@@ -21,10 +21,12 @@ mod inspect;
 mod list;
 mod mem;
 mod monitor;
+mod relocate;
 mod repair;
 mod restore;
 mod run;
 mod save;
+mod serve;
 mod settings;
 mod start;
 mod stop;
@@ -38,6 +40,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::host::ProcessId;
+use crate::store::StoreError;
 use ui::Ui;
 
 /// Stows a running QEMU guest in one file and brings it back, here or on another host.
@@ -78,8 +81,9 @@ enum Command {
     Explain(explain::ExplainArgs),
     Console(console::ConsoleArgs),
     Monitor(monitor::MonitorArgs),
+    Move(relocate::MoveArgs),
     #[command(name = "serve")]
-    ServePeer(copy::ServeArgs),
+    ServePeer(serve::ServeArgs),
     Doctor(doctor::DoctorArgs),
     Demo(demo::DemoArgs),
     Completion(completion::CompletionArgs),
@@ -103,6 +107,11 @@ enum Command {
         #[arg(long)]
         recover: bool,
         directory: PathBuf,
+    },
+    /// Looks after a guest that moves here; started by `vmstow serve` itself.
+    #[command(name = "__watch-arrival", hide = true)]
+    WatchArrival {
+        record: PathBuf,
     },
     /// Verifies an image that a guest runs on; started by `vmstow restore --map` itself.
     #[command(name = "__verify", hide = true)]
@@ -128,6 +137,7 @@ pub fn main() -> ExitCode {
         Command::Guardian => return crate::supervise::run_guardian(),
         Command::Keeper { directory } => return crate::supervise::run_keeper(directory),
         Command::Attend { directory } => return crate::supervise::run_attendant(directory),
+        Command::WatchArrival { record } => return crate::relocate::run_watch(record),
         Command::Serve { recover, directory } => {
             return crate::restore::run_server(directory, *recover);
         }
@@ -145,7 +155,8 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(args, &ui),
         Command::Convert(args) => convert::run(&args, &ui),
         Command::Copy(args) => copy::run(&args, &ui),
-        Command::ServePeer(args) => copy::serve(&args),
+        Command::Move(args) => relocate::run(args, &ui),
+        Command::ServePeer(args) => serve::run(&args),
         Command::Inspect(args) => inspect::run(&args, &ui),
         Command::Verify(args) => verify::run(&args, &ui),
         Command::Diff(args) => diff::run(&args, &ui),
@@ -165,9 +176,19 @@ pub fn main() -> ExitCode {
         | Command::Verifier(_)
         | Command::Keeper { .. }
         | Command::Attend { .. }
+        | Command::WatchArrival { .. }
         | Command::Serve { .. } => Ok(ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|failure| ui.fail(&failure))
+}
+
+/// This program, whose hidden subcommands work for a guest.
+fn this_program() -> Result<PathBuf, StoreError> {
+    std::env::current_exe().map_err(|source| StoreError::File {
+        act: "find",
+        path: "/proc/self/exe".into(),
+        source,
+    })
 }
 
 /// The arguments of a `restore` as they were given, the program's name not among them.

@@ -9,10 +9,9 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::settings;
-use super::start::StartArgs;
-use super::ui::{Ui, threads};
-use super::{About, Failure, Outcome};
+use super::start::GuestArgs;
+use super::ui::{Ui, printable, threads};
+use super::{About, Failure, Outcome, this_program};
 use crate::config::Arguments;
 use crate::config::restore_arguments::terminal_logs;
 use crate::container::{ContainerError, Manifest};
@@ -21,11 +20,12 @@ use crate::host::{GuestDir, ProcessFacts, RuntimeDir};
 use crate::image::{self, Trust};
 use crate::pipeline::{self, PipedImage, begins_with_head};
 use crate::progress::Progress;
+use crate::relocate;
 use crate::restore::{
     self, Invocation, LazyOptions, LazyRequest, Mapping, Origin, Plan, RestoreError, RestoreReport,
-    RestoreRequest, Resumed, RomSize, ServeError, Verify,
+    Resumed, ServeError, Verify,
 };
-use crate::store::{Location, StoreError};
+use crate::store::{Location, SshLocation, StoreError};
 use crate::supervise::{RunningGuest, Serving};
 use crate::units::FileOffset;
 
@@ -85,34 +85,18 @@ pub struct RestoreArgs {
     )]
     verify: VerifyArg,
 
+    /// Restore it on another host, whose vmstow reads the image through your ssh
+    #[arg(long, value_name = "[USER@]HOST[:PORT]", value_parser = super::check::host, conflicts_with_all = [
+        "late", "map", "count", "foreground", "dry_run", "print_command", "threads",
+    ])]
+    on: Option<SshLocation>,
+
     #[command(flatten)]
-    start: StartArgs,
+    guest: GuestArgs,
 
     /// Let the image use resources of this host although nobody you trust signed it
     #[arg(long)]
     trust: bool,
-
-    /// Restore although a disk changed since the save; the guest's file systems may break
-    #[arg(long)]
-    accept_changed_disks: bool,
-
-    /// Override a reason by its code, which `vmstow check` tells; the guest's log keeps it. May be given several times
-    ///
-    /// QEMU may still refuse; where it does not, the guest may break.
-    #[arg(long, value_name = "CODE")]
-    force: Vec<String>,
-
-    /// Make room for the ROM of all devices of a driver, as the guest had it. May be given several times
-    #[arg(long = "romsize", value_name = "DRIVER=BYTES")]
-    rom_sizes: Vec<RomSize>,
-
-    /// Let the guest write to overlays that end with it, never to its disks
-    #[arg(long)]
-    throwaway: bool,
-
-    /// Where the overlays go [default: $VMSTOW_OVERLAY_DIR, else /var/tmp/vmstow-UID]
-    #[arg(long, value_name = "DIR", requires = "throwaway")]
-    overlay_dir: Option<PathBuf>,
 
     /// Make N guests of the image, NAME-1 to NAME-N, each with sockets and an isolated network of its own
     ///
@@ -135,10 +119,6 @@ pub struct RestoreArgs {
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = threads)]
     threads: Option<usize>,
-
-    /// How long QEMU may take to start, and to load what it was given
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
-    timeout: u64,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -159,24 +139,22 @@ Examples:
   vmstow restore web01.stow --map
   vmstow restore web01.stow --remap disk:disk0=/srv/web01.qcow2 --remap net:net0=user
   vmstow restore web01.stow --throwaway --count 4
+  vmstow restore web01.stow --on root@host2
   ssh host cat web01.stow | vmstow restore - --trust";
 
 /// Restores, or says what a restore would do.
 pub fn run(args: RestoreArgs, ui: &Ui) -> Outcome {
     let words = std::env::args_os().skip(1).collect();
     let cwd = std::env::current_dir().unwrap_or_default();
-    match &args.resume {
-        Some(name) => resume(name, &args, &invocation(words, cwd)?, ui),
-        None => restore(args, invocation(words, cwd)?, ui),
+    match (&args.resume, &args.on) {
+        (Some(name), _) => resume(name, &args, &invocation(words, cwd)?, ui),
+        (None, Some(there)) => restore_on(&args, there, ui),
+        (None, None) => restore(args, invocation(words, cwd)?, ui),
     }
 }
 
 pub(super) fn invocation(arguments: Vec<OsString>, cwd: PathBuf) -> Result<Invocation, Failure> {
-    let program = std::env::current_exe().map_err(|source| StoreError::File {
-        act: "find",
-        path: "/proc/self/exe".into(),
-        source,
-    })?;
+    let program = this_program()?;
     Ok(Invocation {
         program,
         arguments,
@@ -195,33 +173,17 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
         VerifyArg::Background => Verify::Background,
         VerifyArg::Quick => Verify::Quick,
     });
-    let mut request = RestoreRequest {
-        image: image.clone(),
-        qemu: args.start.qemu,
-        name: args.start.name,
-        paused: args.start.paused,
-        remaps: args.start.remaps.all()?,
-        settings: settings::read()?,
-        trust: args.trust,
-        accept_changed_disks: args.accept_changed_disks,
-        force: args.force,
-        rom_sizes: args.rom_sizes,
-        arguments: None,
-        map: None,
-        throwaway: args.throwaway,
-        overlay_dir: args.overlay_dir,
-        clones: args.count,
-        threads: (threads / at_once).max(1),
-        timeout: Duration::from_secs(args.timeout),
-        lazy: args.lazy.then_some(LazyRequest {
-            options: LazyOptions {
-                fill_rate: args.fill_rate.map(|mib| mib << 20),
-                through_qemu: args.through_qemu,
-                records: args.record,
-            },
-            invocation,
-        }),
-    };
+    let mut request = args.guest.request(image.clone(), args.trust)?;
+    request.clones = args.count;
+    request.threads = (threads / at_once).max(1);
+    request.lazy = args.lazy.then_some(LazyRequest {
+        options: LazyOptions {
+            fill_rate: args.fill_rate.map(|mib| mib << 20),
+            through_qemu: args.through_qemu,
+            records: args.record,
+        },
+        invocation,
+    });
     if args.count.is_some() && image == Location::Pipe {
         return Err(RestoreError::ClonesOfPipe.into());
     }
@@ -271,13 +233,28 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
     }
 }
 
+/// Restores on another host, and says what its vmstow says of it.
+fn restore_on(args: &RestoreArgs, there: &SshLocation, ui: &Ui) -> Outcome {
+    let image = args.image.clone().unwrap_or(Location::Pipe);
+    let opened = image::open(&image).about(&image)?;
+    let mut words = args.guest.words()?;
+    words.extend(args.trust.then(|| "--trust".to_owned()));
+    let report = relocate::restore_on(there, &opened, words, ui).about(&image)?;
+    ui.answer(&report, |report| {
+        let word = |key: &str| report[key].as_str().unwrap_or_default().to_owned();
+        printable(&format!(
+            "{} is {} on {}\n",
+            word("name"),
+            word("state"),
+            there.host
+        ))
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
 /// What QEMU is to map.
 fn mapping<R: std::io::Read>(origin: &Origin<R>, verify: Verify) -> crate::error::Result<Mapping> {
-    let program = std::env::current_exe().map_err(|source| StoreError::File {
-        act: "find",
-        path: "/proc/self/exe".into(),
-        source,
-    })?;
+    let program = this_program()?;
     match origin {
         Origin::Image(opened) => Mapping::of(opened, verify, program),
         Origin::Pipe(_) => Err(RestoreError::MappedPipe.into()),
@@ -392,7 +369,7 @@ fn all_there(served: &Serving) -> String {
 fn resume(name: &str, args: &RestoreArgs, invocation: &Invocation, ui: &Ui) -> Outcome {
     let runtime = RuntimeDir::open()?;
     let dir = runtime.guest(name)?;
-    let resumed = restore::resume(&dir, invocation, Duration::from_secs(args.timeout))?;
+    let resumed = restore::resume(&dir, invocation, Duration::from_secs(args.guest.timeout))?;
     let (act, state) = match resumed {
         Resumed::StartOver(words, cwd) => {
             ui.note(&format!(
@@ -440,7 +417,7 @@ fn start_over(dir: &GuestDir, words: Vec<OsString>, cwd: PathBuf, waits: bool, u
         return Err(RestoreError::CutOffClone { guest: name }.into());
     }
     dir.remove()?;
-    args.start.name = Some(name);
+    args.guest.start.name = Some(name);
     args.wait |= waits;
     restore(args, invocation(words, cwd)?, ui)
 }

@@ -157,11 +157,7 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
     } else {
         Some(SigningKey::load_or_create()?)
     };
-    let program = std::env::current_exe().map_err(|source| StoreError::File {
-        act: "find",
-        path: "/proc/self/exe".into(),
-        source,
-    })?;
+    let program = super::this_program()?;
     let request = SaveRequest {
         source: args.source,
         target: args.image.clone(),

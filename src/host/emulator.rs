@@ -8,7 +8,6 @@
 //! Source: QEMU `qapi/machine-target.json`, `query-cpu-model-expansion`.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -18,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::error::HostError;
 use super::facts_cache;
+use super::process::boot_id;
 
 /// What is asked.
 const ARGUMENTS: [&str; 9] = [
@@ -58,9 +58,9 @@ pub fn expand_cpu(
     });
     let boot = match accelerator {
         "tcg" => String::new(),
-        _ => fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default(),
+        _ => boot_id(),
     };
-    let key = format!("cpu {accelerator} {kind} {model} {}", boot.trim());
+    let key = format!("cpu {accelerator} {kind} {model} {boot}");
     if let Some(kept) = facts_cache::kept_answer(binary, &key) {
         return Ok(kept);
     }

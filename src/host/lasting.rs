@@ -1,7 +1,8 @@
-//! What of a guest has to outlast its runs: the state of its TPM, the variables of its firmware.
+//! What of a guest has to outlast its runs: the state of its TPM, the variables of its firmware, where it moved.
 //!
 //! Where its XML names no place for them, they lie in `$XDG_STATE_HOME/vmstow` (or `~/.local/state/vmstow`): `tpm/GUEST/` and
-//! `nvram/GUEST_VARS.fd`, where `GUEST` is its UUID if its XML gives one, else its name.
+//! `nvram/GUEST_VARS.fd`, where `GUEST` is its UUID if its XML gives one, else its name. Records of guests that move from here lie in
+//! `moves`, of those that move here in `arrivals`.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -25,7 +26,7 @@ impl Lasting {
     /// [`HostError::NoHome`].
     pub fn find() -> Result<Self, HostError> {
         let path = state_directory().ok_or(HostError::NoHome {
-            what: "the state of the guest's TPM and the variables of its firmware",
+            what: "what has to outlast a guest's runs",
         })?;
         Ok(Lasting { path })
     }
@@ -33,6 +34,16 @@ impl Lasting {
     /// The directory of a TPM's state.
     pub fn tpm(&self, guest: &str) -> PathBuf {
         self.path.join("tpm").join(guest)
+    }
+
+    /// The directory of the records of guests that move from here.
+    pub fn moves(&self) -> PathBuf {
+        self.path.join("moves")
+    }
+
+    /// The directory of the records, and images, of guests that move here.
+    pub fn arrivals(&self) -> PathBuf {
+        self.path.join("arrivals")
     }
 
     /// The directory of the files that hold firmware variables.

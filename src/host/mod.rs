@@ -38,7 +38,9 @@ pub use monitor::{
     Monitor, has_listener, is_qemu, is_socket, listener_of, listeners_of, monitors_of, qmp_sockets,
 };
 pub use overlays::{OverlayRoot, Overlays, is_throwaway};
-pub use process::{ProcessFacts, ProcessHandle, ProcessId, ProcessLock, has_userfaultfd};
+pub use process::{
+    ProcessFacts, ProcessHandle, ProcessId, ProcessLock, boot_id, has_userfaultfd, processes_with,
+};
 pub use process_memory::{Backing, MOST_SLICES, ProcessMemory};
 pub use runtime::{GuestDir, NAME_LIMIT, RuntimeDir, SOCKET_PATH_LIMIT, is_name, sanitise_name};
 pub use settings::settings_files;

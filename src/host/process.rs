@@ -93,6 +93,29 @@ impl ProcessId {
     }
 }
 
+/// Names this boot of this machine: process ids mean nothing in another one. Empty where the kernel does not tell.
+pub fn boot_id() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
+/// The processes that were started with this variable in their environment, of those that we may look at. One that is just
+/// being started may not be seen yet.
+pub fn processes_with(variable: &str, value: &str) -> Vec<ProcessId> {
+    let wanted = format!("{variable}={value}");
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let has_it = |pid: &i32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment
+            .split(|byte| *byte == 0)
+            .any(|one| one == wanted.as_bytes())
+    };
+    pids.filter(has_it)
+        .filter_map(|pid| ProcessId::of(pid).ok())
+        .collect()
+}
+
 /// Whether a process has a userfaultfd: QEMU while it watches what the guest writes. `None` if we may not look.
 pub fn has_userfaultfd(pid: i32) -> Option<bool> {
     let fds = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
@@ -277,6 +300,27 @@ mod tests {
             id.lock(),
             Err(HostError::NoSuchProcess { .. } | HostError::Process { .. })
         ));
+    }
+
+    #[test]
+    fn a_process_is_found_by_its_environment() {
+        let value = std::process::id().to_string();
+        assert!(processes_with("VMSTOW_TEST", &value).is_empty());
+        let mut command = Command::new("sleep");
+        let mut child = command
+            .arg("60")
+            .env("VMSTOW_TEST", &value)
+            .spawn()
+            .unwrap();
+        let begin = Instant::now();
+        let mut found = processes_with("VMSTOW_TEST", &value);
+        while found.is_empty() && begin.elapsed() < Duration::from_secs(10) {
+            found = processes_with("VMSTOW_TEST", &value);
+        }
+        let pids: Vec<i32> = found.iter().map(|one| one.pid).collect();
+        assert_eq!(pids, [i32::try_from(child.id()).unwrap()]);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -44,6 +44,7 @@ pub fn dry_load(
         paused: true,
         map: None,
         lazy: None,
+        held_as: None,
         throwaway: true,
         clones: Some(1),
         force: force.into_iter().collect(),

@@ -28,6 +28,7 @@ mod side;
 mod target;
 mod verdict;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
@@ -57,6 +58,7 @@ use crate::error::{Error, Result};
 use crate::image::OpenedImage;
 use crate::pipeline::{PipedImage, PipelineError};
 use crate::progress::Progress;
+use crate::qmp::QmpClient;
 use crate::store::Location;
 use crate::supervise::{self, RunningGuest, Serving};
 
@@ -99,7 +101,13 @@ pub struct RestoreRequest {
     pub timeout: Duration,
     /// How it gets its memory while it runs already; `None` if it gets it before.
     pub lazy: Option<LazyRequest>,
+    /// The guest is only loaded, and does not take its disks before somebody lets it run. Its QEMU's environment has this
+    /// name in [`HELD_VARIABLE`], so that it can be found whoever dies.
+    pub held_as: Option<String>,
 }
+
+/// Tells in a QEMU's environment for whom it holds a guest.
+pub const HELD_VARIABLE: &str = "VMSTOW_HELD_AS";
 
 /// What a restore gave.
 #[derive(Debug, Clone, Serialize)]
@@ -277,6 +285,9 @@ fn load_and_run<R: Read>(
     progress: &dyn Progress,
 ) -> Result<(String, Given)> {
     let mut qmp = guest.wait_qmp(plan.timeout())?;
+    if plan.is_held() {
+        leave_disks(&mut qmp)?;
+    }
     let given = match origin {
         Origin::Image(image) => {
             let (image, process) = (image.image(), guest.description().process);
@@ -308,6 +319,12 @@ fn load_and_run<R: Read>(
     let state = qmp.query_status()?.to_string();
     drop(verifier);
     Ok((state, given))
+}
+
+/// Has QEMU take the guest's disks only when the guest is let run: until then they may be somebody else's.
+fn leave_disks(qmp: &mut QmpClient) -> Result<()> {
+    let capability = ("late-block-activate".to_owned(), true);
+    Ok(qmp.set_capabilities(&BTreeMap::from([capability]))?)
 }
 
 /// Says which guest memory is damaged, where a chunk is.

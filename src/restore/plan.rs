@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::lazy::LazyRequest;
 use super::side;
-use super::{Mapping, RestoreError, RestoreRequest, RomSize};
+use super::{HELD_VARIABLE, Mapping, RestoreError, RestoreRequest, RomSize};
 use crate::config::abi::names_of_disks;
 use crate::config::compat::Finding;
 use crate::config::mapped_memory;
@@ -63,6 +63,7 @@ pub struct Plan {
     /// Whether the arguments are not those that the image keeps.
     pub(super) has_other_arguments: bool,
     runs_on: bool,
+    held_as: Option<String>,
     threads: usize,
     timeout: Duration,
     pub(super) lazy: Option<LazyRequest>,
@@ -113,6 +114,7 @@ impl Plan {
             machine_type,
             has_other_arguments: request.arguments.is_some(),
             runs_on: manifest.guest.was_running && !request.paused,
+            held_as: request.held_as.clone(),
             threads: request.threads,
             timeout: request.timeout,
             lazy: request.lazy.clone(),
@@ -129,7 +131,17 @@ impl Plan {
 
     /// Whether the guest runs after it is loaded.
     pub fn runs_on(&self) -> bool {
+        self.shall_run() && !self.is_held()
+    }
+
+    /// Whether it is to run in the end.
+    pub fn shall_run(&self) -> bool {
         self.runs_on
+    }
+
+    /// Whether it is loaded, and let run by somebody else.
+    pub fn is_held(&self) -> bool {
+        self.held_as.is_some()
     }
 
     /// Workers.
@@ -300,6 +312,8 @@ impl Plan {
         };
         let is_passing = self.is_clone || self.throwaway.is_some();
         let saved = &self.manifest.qemu.side_programs;
+        let environment = self.held_as.iter();
+        let environment = environment.map(|name| (HELD_VARIABLE.to_owned(), name.clone()));
         let side = side::programs_for(&command, saved, dir.path(), is_passing);
         Ok(Launch {
             argv: command.into_iter().map(Into::into).collect(),
@@ -308,7 +322,7 @@ impl Plan {
             image: self.image.clone(),
             inherit: image.into_iter().map(OwnedFd::from).collect(),
             side,
-            environment: Vec::new(),
+            environment: environment.collect(),
             xml: None,
         })
     }

@@ -26,7 +26,7 @@ mod source;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -45,7 +45,7 @@ use crate::error::{Error, Result};
 use crate::host::keys::SigningKey;
 use crate::pipeline::{self, Encoded, Encoding};
 use crate::progress::Progress;
-use crate::store::{Location, PipeSink};
+use crate::store::{FileSink, Location, PipeSink};
 use crate::supervise::Guardian;
 pub use crate::supervise::Then;
 use describe::Description;
@@ -214,6 +214,39 @@ pub fn save_into(
 ) -> Result<SaveReport> {
     let guest = GuardedGuest::guard(plan, request, None)?;
     save_guarded(guest, request, sink, progress)
+}
+
+/// A sink that hands the guest over to somebody else, and what it has to know.
+pub trait HandOver: Sink {
+    /// Gives it the record, not published yet. Once that has its name nobody lets the guest run any more but by the record's
+    /// word, whoever is killed.
+    ///
+    /// # Errors
+    /// What makes the hand-over impossible. The guest was not touched.
+    fn keep_record(&mut self, record: FileSink) -> Result<()>;
+}
+
+/// Saves the guest of a checked plan into `sink`, whose [`Sink::publish`] hands it over: that either publishes the record, a
+/// file of the name `record`, and succeeds, or leaves none of that name. The guest is stopped in the end.
+///
+/// # Errors
+/// As [`save`]; [`SaveError::PublishUnknown`] if what became of the hand-over is not known.
+pub fn hand_over(
+    plan: Plan,
+    request: &SaveRequest,
+    record: &Path,
+    sink: &mut dyn HandOver,
+    progress: &dyn Progress,
+) -> Result<SaveReport> {
+    let guest = GuardedGuest::guard(plan, request, Some(record))?;
+    let (guest, file) = guest.create(record, false)?;
+    match sink.keep_record(file) {
+        Ok(()) => save_guarded(guest, request, sink, progress),
+        Err(error) => {
+            let _ = guest.guardian.stand_down();
+            Err(error)
+        }
+    }
 }
 
 fn save_guarded(

@@ -1,5 +1,6 @@
 //! What would be saved and whether it can be: everything is asked here, and nothing is touched.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -159,6 +160,30 @@ impl Plan {
             .iter()
             .map(|it| it.overlay.clone().into())
             .collect()
+    }
+
+    /// Its QEMU process.
+    pub fn process(&self) -> ProcessId {
+        self.description.process()
+    }
+
+    /// The socket of its monitor.
+    pub fn monitor(&self) -> &Path {
+        &self.monitor
+    }
+
+    /// Whether it is let run again when it is put back.
+    pub fn was_running(&self) -> bool {
+        self.was_running
+    }
+
+    /// The manifest, JSON, and the XML that an image of it would have, as far as they are known before.
+    ///
+    /// # Errors
+    /// [`SaveError::Manifest`].
+    pub fn preview(&self) -> Result<(Vec<u8>, String)> {
+        let manifest = self.description.provisional(&BTreeMap::new(), false);
+        Ok((super::json_of(&manifest)?, self.description.domain_xml()))
     }
 
     /// What a save would do.

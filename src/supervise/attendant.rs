@@ -94,7 +94,7 @@ pub fn start_attendant(
     write_whole(&path, &text).map_err(failed("write", &path))?;
     let (theirs, ours) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
         .map_err(|errno| failed("make a pipe for", dir.path())(errno.into()))?;
-    let mut process = side_process::start(program, &[SUBCOMMAND], dir, Some(theirs))?;
+    let mut process = side_process::start(program, &[SUBCOMMAND], dir.path(), Some(theirs))?;
     wait_ready(&mut process)?;
     Ok(Attendant {
         _process: process,

@@ -85,7 +85,7 @@ pub fn run_keeper(dir: &Path) -> ExitCode {
 pub fn start_keeper(program: &Path, dir: &GuestDir) -> Result<SideProcess, SuperviseError> {
     let path = dir.path();
     let opened = File::open(path).map_err(failed("open", path))?;
-    side_process::start(program, &[SUBCOMMAND], dir, Some(opened.into()))
+    side_process::start(program, &[SUBCOMMAND], dir.path(), Some(opened.into()))
 }
 
 /// Goes where standard input says.

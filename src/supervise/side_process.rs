@@ -16,7 +16,6 @@ use super::error::SuperviseError;
 use super::guard;
 use super::launch::spawn_detached;
 use crate::error::{Error, ErrorKind};
-use crate::host::GuestDir;
 
 /// How long one may take until it is ready, where nobody waits for something else.
 const READY_TAKES: Duration = Duration::from_secs(30);
@@ -56,18 +55,18 @@ pub struct SideProcess {
     heard: Vec<u8>,
 }
 
-/// Starts this program, `program`, with a hidden subcommand and its options for a guest; `stdin` becomes its standard input.
+/// Starts this program, `program`, with a hidden subcommand, its options, and the guest's directory or what else it is about; `stdin` becomes its standard input.
 ///
 /// # Errors
 /// [`SuperviseError::Spawn`].
 pub fn start(
     program: &Path,
     subcommand: &[&str],
-    dir: &GuestDir,
+    dir: &Path,
     stdin: Option<OwnedFd>,
 ) -> Result<SideProcess, SuperviseError> {
     let mut command = Command::new(program);
-    command.args(subcommand).arg(dir.path());
+    command.args(subcommand).arg(dir);
     command.stdout(Stdio::piped());
     command.stdin(stdin.map_or(Stdio::null(), Stdio::from));
     command.stderr(Stdio::null());

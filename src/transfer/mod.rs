@@ -13,7 +13,7 @@ mod serve;
 
 pub use error::TransferError;
 pub use receive::{CopyReport, ReceiveRequest, receive};
-pub use serve::{Checker, serve};
+pub use serve::{Orders, Teller, serve};
 
 use std::io;
 use std::sync::Arc;
@@ -50,9 +50,41 @@ pub struct CopyRequest {
 /// # Errors
 /// [`TransferError`], [`RemoteError`], or what a module below met. No file of the target's name was made then.
 pub fn copy(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyReport> {
-    let mut failures = Failures::default();
+    again_and_again(TRIES, progress, &mut || copy_once(request, progress))
+}
+
+/// Copies an image that is open already to the target of a request, on another host. A connection that is lost is made again
+/// `tries` times.
+///
+/// # Errors
+/// As [`copy`].
+pub fn send(
+    image: &AnyFile,
+    request: &CopyRequest,
+    tries: u32,
+    progress: &dyn Progress,
+) -> Result<CopyReport> {
+    let Location::Ssh(there) = &request.target else {
+        return Err(TransferError::NoName.into());
+    };
+    again_and_again(tries, progress, &mut || {
+        give(image, there, request, progress)
+    })
+}
+
+/// Does `once` until it is done, as often as a lost connection may be made again.
+fn again_and_again(
+    tries: u32,
+    progress: &dyn Progress,
+    once: &mut dyn FnMut() -> Result<CopyReport>,
+) -> Result<CopyReport> {
+    let mut failures = Failures {
+        count: 0,
+        most: tries,
+        was_connected: false,
+    };
     loop {
-        let error = match copy_once(request, progress) {
+        let error = match once() {
             Err(error) => error,
             copied => return copied,
         };
@@ -68,9 +100,10 @@ pub fn copy(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyReport
 }
 
 /// Connections that were lost.
-#[derive(Default)]
 struct Failures {
     count: u32,
+    /// After so many it is given up.
+    most: u32,
     was_connected: bool,
 }
 
@@ -85,7 +118,7 @@ impl Failures {
             Some(RemoteError::NoGreeting { .. }) => self.was_connected,
             _ => false,
         };
-        if !is_lost || self.count == TRIES {
+        if !is_lost || self.count == self.most {
             return false;
         }
         let wait = Duration::from_secs(1 << self.count);
@@ -135,7 +168,7 @@ fn give(
 ) -> Result<CopyReport> {
     let offered = Image::open(source)?;
     let peer = Peer::connect(there)?;
-    let order = serve::order(there, request, source.len())?;
+    let order = serve::order_to_receive(there, request, source.len())?;
     let mut told = None;
     let mut tell = |now: Option<(u64, u64)>| {
         if let Some((done, all)) = now {

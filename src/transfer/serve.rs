@@ -12,7 +12,9 @@ use super::{CopyReport, CopyRequest, ReceiveRequest, TransferError, receive};
 use crate::bytes::ReadAt;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::store::remote::{Asker, FrameType, Giver, MAX_TEXT_LEN, Peer, RemoteError, RemoteFile};
+use crate::store::remote::{
+    Asker, Frame, FrameType, Giver, MAX_TEXT_LEN, Peer, RemoteError, RemoteFile,
+};
 use crate::store::{FileSource, SshLocation};
 
 /// How often the other side hears how far it is.
@@ -28,7 +30,11 @@ struct Order {
 }
 
 /// The order to copy `length` bytes to `there`.
-pub fn order(there: &SshLocation, request: &CopyRequest, length: u64) -> Result<Vec<u8>> {
+pub fn order_to_receive(
+    there: &SshLocation,
+    request: &CopyRequest,
+    length: u64,
+) -> Result<Vec<u8>> {
     let path = there
         .path
         .to_str()
@@ -48,14 +54,21 @@ fn unclear(what: &str) -> TransferError {
     }
 }
 
-/// Answers an order of type [`FrameType::Check`] about the file that is offered, with a report.
-pub type Checker<'a> = dyn Fn(&[u8], Arc<Asker>) -> Result<Vec<u8>> + 'a;
+/// Answers the orders that are not about files.
+pub trait Orders {
+    /// Answers an order, or says that it is none; what the peer offers with it is read through `asker`. Until it is done nobody else
+    /// reads from the peer.
+    ///
+    /// # Errors
+    /// Why it cannot be done, which the peer is told.
+    fn answer(&self, order: &Frame, asker: &Arc<Asker>) -> Result<bool>;
+}
 
-/// Serves the program at the other end of `peer` until it ends. What a check is `checker` knows.
+/// Serves the program at the other end of `peer` until it ends.
 ///
 /// # Errors
 /// [`RemoteError::BrokenRule`]; a connection that just ends is none.
-pub fn serve(peer: Peer, checker: &Checker<'_>) -> Result<()> {
+pub fn serve(peer: Peer, orders: &dyn Orders) -> Result<()> {
     let peer = Arc::new(peer);
     let mut file: Option<FileSource> = None;
     let mut giver = Giver::default();
@@ -73,11 +86,14 @@ pub fn serve(peer: Peer, checker: &Checker<'_>) -> Result<()> {
             }),
             FrameType::Receive => make(&peer, &frame.body)
                 .and_then(|report| Ok(peer.write(FrameType::Received, number, &report)?)),
-            FrameType::Check => check(&peer, &frame.body, checker)
-                .and_then(|report| Ok(peer.write(FrameType::Checked, number, &report)?)),
-            _ => match giver.answer(&peer, &frame, file.as_ref().map(|it| it as &dyn ReadAt))? {
-                true => Ok(()),
-                false => return Err(broken(&peer)),
+            FrameType::Read | FrameType::NextData => {
+                giver.answer(&peer, &frame, file.as_ref().map(|it| it as &dyn ReadAt))?;
+                Ok(())
+            }
+            _ => match order(&peer, &frame, orders) {
+                Ok(true) => Ok(()),
+                Ok(false) => return Err(broken(&peer)),
+                Err(error) => Err(error),
             },
         };
         if let Err(error) = outcome {
@@ -102,12 +118,12 @@ fn open(path: &[u8]) -> Result<FileSource> {
     Ok(file)
 }
 
-fn check(peer: &Arc<Peer>, order: &[u8], checker: &Checker<'_>) -> Result<Vec<u8>> {
-    if order.len() > MAX_TEXT_LEN {
+fn order(peer: &Arc<Peer>, frame: &Frame, orders: &dyn Orders) -> Result<bool> {
+    if frame.body.len() > MAX_TEXT_LEN {
         return Err(unclear("it is too long").into());
     }
     let asker = Arc::new(Asker::new(Arc::clone(peer)));
-    let outcome = checker(order, Arc::clone(&asker));
+    let outcome = orders.answer(frame, &asker);
     outcome.map_err(|error| asker.failure().map_or(error, Error::from))
 }
 
@@ -134,7 +150,7 @@ fn make(peer: &Arc<Peer>, order: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// Tells the other side how far it is.
-struct Teller<'a> {
+pub struct Teller<'a> {
     asker: &'a Asker,
     done: AtomicU64,
     all: AtomicU64,
@@ -142,7 +158,8 @@ struct Teller<'a> {
 }
 
 impl<'a> Teller<'a> {
-    fn new(asker: &'a Asker) -> Self {
+    /// Nothing is told yet.
+    pub fn new(asker: &'a Asker) -> Self {
         Teller {
             asker,
             done: AtomicU64::new(0),

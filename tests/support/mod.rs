@@ -32,6 +32,7 @@ mod qmp;
 mod restored;
 mod serial;
 mod sshd;
+mod two_hosts;
 mod wait;
 
 pub use assets::{Qemu, linux_initrd, linux_kernel, testdata};
@@ -46,4 +47,5 @@ pub use qmp::Qmp;
 pub use restored::Restored;
 pub use serial::{Mark, Serial};
 pub use sshd::OtherHost;
+pub use two_hosts::{Host, TwoHosts};
 pub use wait::{PATIENCE, wait_until};

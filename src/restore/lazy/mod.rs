@@ -91,7 +91,7 @@ pub fn load_and_run(
     task.write(&dir)?;
     // Both get ready while QEMU does.
     let (ours, qemus) = UnixStream::pair().map_err(ServeError::Socket)?;
-    let server = start_side_process(program, &[SERVE_SUBCOMMAND], &dir, Some(ours.into()))?;
+    let server = start_side_process(program, &[SERVE_SUBCOMMAND], dir.path(), Some(ours.into()))?;
     let mut keeper = supervise::start_keeper(program, &dir)?;
     let mut qmp = guest.wait_qmp(plan.timeout())?;
     find_memory(&mut task, &mut qmp)?;
@@ -291,7 +291,7 @@ pub fn resume(dir: &GuestDir, invocation: &Invocation, timeout: Duration) -> Res
         return Err(RestoreError::Ended { guest }.into());
     }
     let arguments = [SERVE_SUBCOMMAND, server::RECOVER];
-    let mut server = start_side_process(&invocation.program, &arguments, dir, None)?;
+    let mut server = start_side_process(&invocation.program, &arguments, dir.path(), None)?;
     supervise::wait_ready(&mut server)?;
     // Whoever was to let it run may have been killed as well. Otherwise its monitor is its user's.
     let state = match task.runs_on && !task.was_let_run {

@@ -3,7 +3,7 @@
 //! There is no thread of its own that reads: one of those who wait for an answer reads for all, and hands the others
 //! what is theirs.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
@@ -28,6 +28,8 @@ struct State {
     last: u64,
     waiting: HashSet<u64>,
     arrived: HashMap<u64, Frame>,
+    /// What the peer says on its own account, if somebody waits for that.
+    orders: Option<VecDeque<Frame>>,
     is_read: bool,
     failed: Option<RemoteError>,
 }
@@ -93,9 +95,30 @@ impl Asker {
     }
 
     fn wait(&self, number: u64) -> Result<Frame, RemoteError> {
+        self.wait_for(|state| state.arrived.remove(&number))
+    }
+
+    /// From now on the peer may give orders, at most [`MAX_REQUESTS`] ahead; [`Asker::next_order`] gives them.
+    pub fn expect_orders(&self) {
+        lock(&self.state).orders.get_or_insert_default();
+    }
+
+    /// What the peer says next on its own account.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub fn next_order(&self) -> Result<Frame, RemoteError> {
+        self.expect_orders();
+        self.wait_for(|state| state.orders.as_mut()?.pop_front())
+    }
+
+    fn wait_for(
+        &self,
+        mut wanted: impl FnMut(&mut State) -> Option<Frame>,
+    ) -> Result<Frame, RemoteError> {
         let mut state = lock(&self.state);
         loop {
-            if let Some(frame) = state.arrived.remove(&number) {
+            if let Some(frame) = wanted(&mut state) {
                 self.changed.notify_all();
                 return Ok(frame);
             }
@@ -115,6 +138,10 @@ impl Asker {
             state = lock(&self.state);
             state.is_read = false;
             match outcome {
+                Ok(frame) if frame.frame_type.is_order() => match &mut state.orders {
+                    Some(orders) if orders.len() < MAX_REQUESTS => orders.push_back(frame),
+                    _ => state.failed = Some(self.peer.broke("an order that does not belong here")),
+                },
                 Ok(frame) if state.waiting.remove(&frame.number) => {
                     state.arrived.insert(frame.number, frame);
                 }

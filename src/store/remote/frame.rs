@@ -37,6 +37,18 @@ pub enum FrameType {
     Progress = 5,
     /// Asks whether the guest in the image that is offered would run there.
     Check = 6,
+    /// Asks the peer to start a guest.
+    Restore = 7,
+    /// The next bytes of an image.
+    Stream = 8,
+    /// The guest may run.
+    Go = 9,
+    /// Asks what became of a move.
+    Settle = 10,
+    /// Asks whether a guest that is not saved yet would run there.
+    Prepare = 11,
+    /// The move is over.
+    End = 12,
     /// The file is open.
     Opened = 16,
     /// Bytes.
@@ -49,24 +61,64 @@ pub enum FrameType {
     Failed = 20,
     /// What the check found.
     Checked = 21,
+    /// The guest is started.
+    Restored = 22,
+    /// The guest runs.
+    Runs = 23,
+    /// What became of the move.
+    Settled = 24,
+    /// It would run.
+    Prepared = 25,
+    /// The move is forgotten.
+    Ended = 26,
+    /// The sender is there.
+    Alive = 32,
 }
 
 impl FrameType {
     /// All of them.
-    pub const ALL: [FrameType; 12] = [
+    pub const ALL: [FrameType; 24] = [
         FrameType::Open,
         FrameType::Read,
         FrameType::NextData,
         FrameType::Receive,
         FrameType::Progress,
         FrameType::Check,
+        FrameType::Restore,
+        FrameType::Stream,
+        FrameType::Go,
+        FrameType::Settle,
+        FrameType::Prepare,
+        FrameType::End,
         FrameType::Opened,
         FrameType::Data,
         FrameType::Place,
         FrameType::Received,
         FrameType::Failed,
         FrameType::Checked,
+        FrameType::Restored,
+        FrameType::Runs,
+        FrameType::Settled,
+        FrameType::Prepared,
+        FrameType::Ended,
+        FrameType::Alive,
     ];
+
+    /// Whether the client says it on its own account: it is no answer.
+    pub fn is_order(self) -> bool {
+        matches!(
+            self,
+            FrameType::Open
+                | FrameType::Receive
+                | FrameType::Check
+                | FrameType::Restore
+                | FrameType::Stream
+                | FrameType::Go
+                | FrameType::Settle
+                | FrameType::Prepare
+                | FrameType::End
+        )
+    }
 
     /// The number that stands for it in a frame.
     pub fn number(self) -> u8 {

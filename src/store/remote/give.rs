@@ -81,6 +81,22 @@ fn failure(kind: u8, text: &str) -> Vec<u8> {
     body
 }
 
+/// The number of an order.
+const NUMBER: u64 = u64::MAX;
+
+/// What an order of this type is answered with.
+fn report_of(order: FrameType) -> FrameType {
+    match order {
+        FrameType::Check => FrameType::Checked,
+        FrameType::Restore => FrameType::Restored,
+        FrameType::Go => FrameType::Runs,
+        FrameType::Settle => FrameType::Settled,
+        FrameType::Prepare => FrameType::Prepared,
+        FrameType::End => FrameType::Ended,
+        _ => FrameType::Received,
+    }
+}
+
 impl Peer {
     /// Tells the peer that what it asked for with `number` failed, and why.
     ///
@@ -108,12 +124,21 @@ impl Peer {
         order: &[u8],
         tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
     ) -> Result<Option<Vec<u8>>, RemoteError> {
-        const NUMBER: u64 = u64::MAX;
         self.write(what, NUMBER, order)?;
-        let report = match what {
-            FrameType::Check => FrameType::Checked,
-            _ => FrameType::Received,
-        };
+        self.answered(file, what, tell)
+    }
+
+    /// Lets the peer read `file` until the order of type `what` that it was given is done, as [`Peer::give`].
+    ///
+    /// # Errors
+    /// As [`Peer::give`].
+    pub fn answered(
+        &self,
+        file: &dyn ReadAt,
+        what: FrameType,
+        tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
+    ) -> Result<Option<Vec<u8>>, RemoteError> {
+        let report = report_of(what);
         let mut giver = Giver::default();
         loop {
             let frame = self.read()?;

@@ -11,9 +11,11 @@ mod frame;
 mod give;
 mod peer;
 mod ssh;
+mod stream;
 
 pub use ask::{Asker, RemoteFile};
 pub use error::RemoteError;
 pub use frame::{Frame, FrameType, MAX_BODY_LEN, MAX_TEXT_LEN};
 pub use give::{Answer, Giver};
-pub use peer::Peer;
+pub use peer::{FromClient, Peer};
+pub use stream::{StreamIn, StreamOut};

@@ -1,24 +1,58 @@
 //! The connection: two pipes, the greeting, and the program that holds their other ends.
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::process::Child;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::RemoteError;
 use super::frame::{
     self, Frame, FrameError, FrameType, VERSION, greeting, parse_greeting, read_frame,
 };
 
+/// How often the thread that says that we are here looks whether the connection is still wanted.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
 /// How long a program that we started may take to end once nobody talks to it.
 const END_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often a client says that it is there, and how long the other side waits for a word of it; spec §2.
+const LIFE_EVERY: Duration = Duration::from_secs(10);
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 40,
+    tv_nsec: 0,
+};
 
 /// The other side of a connection. Any thread may write; one at a time reads.
 pub struct Peer {
     name: String,
     input: Mutex<Box<dyn Read + Send>>,
-    output: Mutex<Option<Box<dyn Write + Send>>>,
+    output: Output,
     child: Mutex<Option<Child>>,
+}
+
+/// The pipe to the other side, until it is closed.
+type Output = Arc<Mutex<Option<Box<dyn Write + Send>>>>;
+
+/// The pipe from a client, which never is silent for long.
+pub struct FromClient<I>(pub I);
+
+impl<I: Read + AsFd> Read for FromClient<I> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let mut ready = [PollFd::new(&self.0, PollFlags::IN)];
+            match poll(&mut ready, Some(&PATIENCE)) {
+                Err(Errno::INTR) => {}
+                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+                Err(error) => return Err(error.into()),
+                Ok(_) => return self.0.read(buf),
+            }
+        }
+    }
 }
 
 impl Peer {
@@ -35,7 +69,7 @@ impl Peer {
         let peer = Peer {
             name,
             input: Mutex::new(Box::new(input)),
-            output: Mutex::new(Some(Box::new(output))),
+            output: Arc::new(Mutex::new(Some(Box::new(output)))),
             child: Mutex::new(child),
         };
         // Who ended already cannot be written to; why it did is told by what it sent.
@@ -78,10 +112,49 @@ impl Peer {
     /// # Errors
     /// [`RemoteError::Ended`]; [`RemoteError::BrokenRule`].
     pub fn read(&self) -> Result<Frame, RemoteError> {
-        let outcome = read_frame(&mut *self.input());
-        outcome.map_err(|error| match error {
-            FrameError::Io(error) => self.ended(&error),
-            FrameError::Rule(rule) => self.broke(rule),
+        let mut input = self.input();
+        loop {
+            match read_frame(&mut *input) {
+                Ok(frame) if frame.frame_type == FrameType::Alive => {}
+                Ok(frame) => return Ok(frame),
+                Err(FrameError::Io(error)) => return Err(self.ended(&error)),
+                Err(FrameError::Rule(rule)) => return Err(self.broke(rule)),
+            }
+        }
+    }
+
+    /// Says from time to time that we are here, as long as the connection lasts.
+    ///
+    /// # Errors
+    /// [`RemoteError::Start`] if there is no thread for it.
+    pub(super) fn show_life(&self) -> Result<(), RemoteError> {
+        let output = Arc::downgrade(&self.output);
+        let (name, since) = (self.name.clone(), Instant::now());
+        let show = move || {
+            let mut said = 0;
+            loop {
+                std::thread::sleep(LOOK_EVERY);
+                let Some(output) = output.upgrade() else {
+                    return;
+                };
+                let due = since.elapsed().as_secs() / LIFE_EVERY.as_secs();
+                if due == said {
+                    continue;
+                }
+                said = due;
+                let outcome = match &mut *lock(&output) {
+                    Some(output) => frame::write_frame(output, FrameType::Alive, 0, &[]),
+                    None => return,
+                };
+                if outcome.is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().spawn(show);
+        thread.map(drop).map_err(|source| RemoteError::Start {
+            program: name,
+            source: Arc::new(source),
         })
     }
 
@@ -102,6 +175,11 @@ impl Peer {
         outcome.map_err(|error| self.ended(&error))
     }
 
+    /// Says nothing more: whoever waits for the other side hears soon that it ended.
+    pub fn hang_up(&self) {
+        lock(&self.output).take();
+    }
+
     fn write_bytes(&self, bytes: &[u8]) -> io::Result<()> {
         match &mut *lock(&self.output) {
             Some(output) => output.write_all(bytes).and_then(|()| output.flush()),
@@ -110,7 +188,7 @@ impl Peer {
     }
 
     /// A rule that the other side broke.
-    pub(super) fn broke(&self, rule: &'static str) -> RemoteError {
+    pub fn broke(&self, rule: &'static str) -> RemoteError {
         RemoteError::BrokenRule {
             peer: self.name.clone(),
             rule,

@@ -15,12 +15,14 @@ const SSH: &str = "VMSTOW_SSH";
 /// The environment variable that names this program on the other host.
 const REMOTE_PROGRAM: &str = "VMSTOW_REMOTE_PROGRAM";
 
-/// A connection that is cut must not be waited for till the end of days: 3 × 15 s.
-const KEEP_ALIVE: [&str; 4] = [
+/// A connection that is cut must not be waited for till the end of days: 3 × 10 s.
+const KEEP_ALIVE: [&str; 6] = [
     "-o",
-    "ServerAliveInterval=15",
+    "ServerAliveInterval=10",
     "-o",
     "ServerAliveCountMax=3",
+    "-o",
+    "ConnectTimeout=15",
 ];
 
 impl Peer {
@@ -55,6 +57,8 @@ impl Peer {
         let (Some(input), Some(output)) = (child.stdout.take(), child.stdin.take()) else {
             unreachable!("both are piped");
         };
-        Peer::greet(there.host.clone(), input, output, Some(child))
+        let peer = Peer::greet(there.host.clone(), input, output, Some(child))?;
+        peer.show_life()?;
+        Ok(peer)
     }
 }

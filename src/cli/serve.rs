@@ -1,0 +1,86 @@
+//! `vmstow serve`
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser};
+
+use super::start::GuestArgs;
+use super::{Outcome, check_far, this_program};
+use crate::error::Result;
+use crate::relocate::{MoveError, Reception};
+use crate::restore::RestoreRequest;
+use crate::store::remote::{Asker, Frame, FrameType, FromClient, Peer};
+use crate::store::{Location, StoreError};
+use crate::transfer::{self, Orders};
+
+/// Read and make images, and start guests, for a vmstow on another host
+///
+/// Started by `vmstow copy`, `vmstow move` and the like, by way of ssh. It may do what this user may.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Talk over standard input and output
+    #[arg(long, required = true)]
+    stdio: bool,
+}
+
+/// Serves until the other side ends.
+pub fn run(_args: &ServeArgs) -> Outcome {
+    let failed = |source| StoreError::Pipe {
+        act: "open",
+        source,
+    };
+    let input = std::io::stdin().as_fd().try_clone_to_owned();
+    let output = std::io::stdout().as_fd().try_clone_to_owned();
+    let (input, output) = (input.map_err(failed)?, output.map_err(failed)?);
+    let name = "the other side".to_owned();
+    let input = FromClient(File::from(input));
+    let peer = Peer::greet(name, input, File::from(output), None)?;
+    let reception = Reception {
+        request: &request,
+        program: this_program()?,
+    };
+    transfer::serve(peer, &Receptionist(reception))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Answers what is ordered besides files.
+struct Receptionist<'a>(Reception<'a>);
+
+impl Orders for Receptionist<'_> {
+    fn answer(&self, order: &Frame, asker: &Arc<Asker>) -> Result<bool> {
+        if order.frame_type != FrameType::Check {
+            return self.0.answer(order, asker);
+        }
+        let report = check_far::serve(&order.body, Arc::clone(asker))?;
+        asker
+            .peer()
+            .write(FrameType::Checked, order.number, &report)?;
+        Ok(true)
+    }
+}
+
+/// Arguments that came from afar.
+#[derive(Debug, Parser)]
+struct Words {
+    #[command(flatten)]
+    guest: GuestArgs,
+
+    #[arg(long)]
+    trust: bool,
+}
+
+/// The request that these arguments of `vmstow restore` make of an image.
+fn request(words: &[String], image: Location) -> Result<RestoreRequest> {
+    let words = ["restore"]
+        .into_iter()
+        .map(str::to_owned)
+        .chain(words.iter().cloned());
+    let words = Words::try_parse_from(words).map_err(|error| MoveError::Order {
+        what: error.to_string(),
+    });
+    let words = words?;
+    words.guest.request(image, words.trust)
+}

@@ -1,0 +1,339 @@
+//! Guests that move to another host: two network namespaces with a real sshd in each, and what is done to them meanwhile.
+
+#![allow(missing_docs, clippy::unwrap_used, reason = "this is a test")]
+
+mod support;
+
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use serde_json::json;
+use support::{
+    Adopted, Guest, GuestSpec, Host, PATIENCE, Serial, TestDir, TwoHosts, counter_xml, fill,
+    serial_into, wait_until,
+};
+
+/// The one QEMU of a host, which the test answers for.
+#[track_caller]
+fn qemu_of(host: &Host, dir: &TestDir) -> Adopted {
+    let mut qemus = host.qemus(dir);
+    assert_eq!(qemus.len(), 1, "{qemus:#?}");
+    Adopted(qemus.remove(0))
+}
+
+/// Nothing is left of a move there: no guest, no record, no image.
+#[track_caller]
+fn assert_nothing_of_a_move(host: &Host, dir: &TestDir) {
+    let left = host.qemus(dir);
+    assert!(left.is_empty(), "{left:#?}");
+    assert_no_files_of_a_move(host);
+}
+
+#[track_caller]
+fn assert_no_files_of_a_move(host: &Host) {
+    for directory in ["moves", "arrivals"] {
+        let directory = host.path("state").join("vmstow").join(directory);
+        let entries = std::fs::read_dir(&directory).into_iter().flatten();
+        let names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        let left: Vec<_> = names.iter().filter(|name| *name != "lock").collect();
+        assert!(left.is_empty(), "{}: {left:?}", directory.display());
+    }
+}
+
+#[test]
+fn a_linux_guest_moves_and_its_counter_and_memory_with_it() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let mut guest = Guest::start(&dir, GuestSpec::linux());
+    guest
+        .serial()
+        .wait_for_line("its first sum", |line| line.starts_with("sum "));
+    guest.serial().wait_for_tick(5);
+    let there = hosts.b.path("elsewhere.img");
+    std::fs::hard_link(guest.disk(), &there).unwrap();
+    let remap = format!("disk:*={}", there.display());
+    let image = hosts.b.path("kept.stow");
+    let report = hosts.a.json(
+        &dir,
+        &[
+            "move",
+            &guest.source(),
+            "b",
+            "--remap",
+            &remap,
+            "--image",
+            image.to_str().unwrap(),
+        ],
+    );
+    guest.wait_for_exit();
+    let before = guest.serial().mark();
+    let qemu = qemu_of(&hosts.b, &dir);
+    assert_eq!(report["state"], json!("running"), "{report}");
+    assert!(
+        qemu.argv()
+            .iter()
+            .any(|word| word.contains("elsewhere.img")),
+        "{qemu:?}"
+    );
+    guest.serial().assert_goes_on(&before);
+    // Its checksum of its memory is the same there.
+    let sums = guest.serial().sums().len();
+    wait_until("another checksum", PATIENCE, || {
+        let now = guest.serial().sums().len();
+        (now > sums).then_some(()).ok_or(now.to_string())
+    });
+    guest.serial().assert_goes_on(&before);
+    assert_no_files_of_a_move(&hosts.a);
+    assert_no_files_of_a_move(&hosts.b);
+    let verified = hosts.b.json(&dir, &["verify", image.to_str().unwrap()]);
+    assert_eq!(verified["is_whole"], json!(true));
+    let listed = hosts.b.json(&dir, &["list"]);
+    assert_eq!(
+        listed["guests"][0]["name"], report["name_there"],
+        "{listed}"
+    );
+    drop(qemu);
+}
+
+#[test]
+fn a_guest_on_a_bridge_is_streamed_to_another_bridge_and_back() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let nic = "<interface type='bridge'><source bridge='lan-a'/><model type='virtio'/></interface>";
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), nic);
+    let xml = xml.replace("machine='pc'", "machine='q35'");
+    let xml_file = dir.join("web.xml");
+    std::fs::write(&xml_file, xml).unwrap();
+    hosts.a.json(&dir, &["run", xml_file.to_str().unwrap()]);
+    let mut qemu = qemu_of(&hosts.a, &dir);
+    let serial = Serial::at(dir.join("serial"));
+    serial.wait_for_tick(3);
+    for (from, to, name, bridge) in [
+        (&hosts.a, &hosts.b, "b", "lan-b"),
+        (&hosts.b, &hosts.a, "a", "lan-a"),
+    ] {
+        let remap = format!("net:net0=bridge={bridge}");
+        let report = from.json(&dir, &["move", "web", name, "--stream", "--remap", &remap]);
+        assert_eq!(report["sent"]["way"], json!("streamed"));
+        qemu.wait_for_exit();
+        let before = serial.mark();
+        qemu = qemu_of(to, &dir);
+        serial.assert_goes_on(&before);
+        assert_no_files_of_a_move(from);
+        assert_no_files_of_a_move(to);
+        let ports = to
+            .command("ip".as_ref())
+            .args(["-o", "link", "show", "master", bridge])
+            .output()
+            .unwrap();
+        assert!(!ports.stdout.is_empty());
+    }
+    hosts.a.json(&dir, &["stop", "web"]);
+}
+
+#[test]
+fn a_host_that_cannot_run_the_guest_says_why_before_it_is_touched() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let guest = Guest::start(&dir, GuestSpec::default());
+    guest.serial().wait_for_tick(3);
+    let source = guest.source();
+    let refused = |arguments: &[&str]| {
+        let words = [&["move", &source], arguments].concat();
+        let (said, code) = hosts.a.refused(&dir, &words);
+        assert_eq!(guest.qmp().status(), "running", "{said}");
+        assert_nothing_of_a_move(&hosts.b, &dir);
+        assert_no_files_of_a_move(&hosts.a);
+        (said, code)
+    };
+    let (said, code) = refused(&["b", "--qemu", "/nowhere/qemu"]);
+    assert_eq!(code, 4, "{said}");
+    let (said, code) = refused(&["b", "--stream", "--remap", "disk:*=/nowhere/disk.img"]);
+    assert_eq!(code, 4, "{said}");
+    assert!(said.contains("/nowhere/disk.img"), "{said}");
+    let (said, code) = refused(&["nobody.invalid"]);
+    assert_eq!(code, 5, "{said}");
+    let (said, code) = refused(&["-oProxyCommand=touch"]);
+    assert_eq!(code, 2, "{said}");
+    // It was not even stopped.
+    guest.serial().assert_goes_on(&guest.serial().mark());
+    let (said, code) = hosts.a.refused(&dir, &["move", &source, "--settle"]);
+    assert_eq!(code, 2, "{said}");
+}
+
+#[test]
+fn a_guest_whose_image_finds_no_room_there_runs_on_here() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let spec = GuestSpec {
+        memory_mib: 128,
+        ..GuestSpec::default()
+    };
+    let guest = Guest::start(&dir, spec);
+    guest.serial().wait_for_tick(3);
+    fill(guest.pid(), &mut guest.qmp(), 128 << 20);
+    let state = hosts.b.path("state");
+    let small = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs"];
+    hosts
+        .b
+        .does(&[&small[..], &[state.to_str().unwrap()]].concat());
+    let before = guest.serial().mark();
+    let (said, code) = hosts.a.refused(&dir, &["move", &guest.source(), "b"]);
+    assert_eq!(code, 4, "{said}");
+    assert!(said.contains("not enough room"), "{said}");
+    assert!(said.contains("runs on as before"), "{said}");
+    guest.serial().assert_goes_on(&before);
+    assert_nothing_of_a_move(&hosts.b, &dir);
+    assert_no_files_of_a_move(&hosts.a);
+}
+
+/// Starts a move, to be watched.
+fn start(from: &Host, dir: &TestDir, arguments: &[&str]) -> Child {
+    let mut command = from.vmstow(dir, arguments);
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    command.spawn().unwrap()
+}
+
+/// Waits until all that worked for a move is gone: who holds a guest, and who looks after it.
+fn wait_for_silence(dir: &TestDir) {
+    wait_until("all to be silent", PATIENCE, || {
+        let mut left = dir.processes();
+        left.retain(|it| {
+            let is_ours = |word: &String| word == "--stdio" || word.starts_with("__");
+            it.argv().iter().any(is_ours)
+        });
+        left.is_empty().then_some(()).ok_or(format!("{left:#?}"))
+    });
+}
+
+#[test]
+fn a_cable_that_is_cut_leaves_the_guest_here_until_it_is_mended() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let spec = GuestSpec {
+        memory_mib: 128,
+        ..GuestSpec::default()
+    };
+    let mut guest = Guest::start(&dir, spec);
+    guest.serial().wait_for_tick(3);
+    fill(guest.pid(), &mut guest.qmp(), 128 << 20);
+    let before = guest.serial().mark();
+    let source = guest.source();
+    let child = start(&hosts.a, &dir, &["move", &source, "b", "--bwlimit", "20M"]);
+    wait_until("some of the image", PATIENCE, || {
+        let arrivals = hosts.b.path("state/vmstow/arrivals");
+        let entries = std::fs::read_dir(arrivals).into_iter().flatten().flatten();
+        let parts = entries.filter(|entry| entry.path().extension() == Some("part".as_ref()));
+        let count = parts.count();
+        (count > 0).then_some(()).ok_or(count.to_string())
+    });
+    hosts.cut(true);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(5), "{said}");
+    assert!(said.contains("runs on as before"), "{said}");
+    guest.serial().assert_goes_on(&before);
+    hosts.cut(false);
+    wait_for_silence(&dir);
+    assert!(hosts.b.qemus(&dir).is_empty());
+    hosts.a.json(&dir, &["move", &source, "b"]);
+    guest.wait_for_exit();
+    let before = guest.serial().mark();
+    let _qemu = qemu_of(&hosts.b, &dir);
+    guest.serial().assert_goes_on(&before);
+}
+
+/// Who is killed, and when.
+#[derive(Debug, Clone, Copy)]
+enum Kill {
+    Mover,
+    Servers,
+}
+
+#[test]
+fn whoever_is_killed_at_whatever_moment_the_guest_is_at_one_place_in_the_end() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), "");
+    std::fs::write(dir.join("web.xml"), xml).unwrap();
+    let xml = dir.join("web.xml");
+    hosts
+        .a
+        .json(&dir, &["run", xml.to_str().unwrap(), "--name", "web"]);
+    let serial = Serial::at(dir.join("serial"));
+    serial.wait_for_tick(3);
+    let (mut from, mut to, mut name) = (&hosts.a, &hosts.b, "b");
+    let mut interrupted = 0;
+    for round in 0..20u64 {
+        let kill = if round % 2 == 0 {
+            Kill::Mover
+        } else {
+            Kill::Servers
+        };
+        let way: &[&str] = if round % 4 < 2 { &["--stream"] } else { &[] };
+        let words = [&["move", "web", name], way].concat();
+        let mut child = start(from, &dir, &words);
+        // Half of them right behind GO, where it matters; the others at moments that wander over all of the move.
+        let moment = Duration::from_millis(round * 60);
+        if round % 3 == 0 {
+            let _ = (0..4000).find(|_| {
+                std::thread::sleep(Duration::from_millis(1));
+                !from.records("moves").is_empty() || child.try_wait().unwrap().is_some()
+            });
+        } else {
+            std::thread::sleep(moment);
+        }
+        match kill {
+            Kill::Mover => child.kill().unwrap(),
+            Kill::Servers => to.servers(&dir).iter().for_each(|server| server.kill()),
+        }
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        interrupted += u32::from(!output.status.success());
+        wait_for_silence(&dir);
+        let (here, there) = (from.qemus(&dir).len(), to.qemus(&dir).len());
+        assert!(here + there >= 1, "round {round}: it is nowhere: {said}");
+        if here > 0 {
+            from.json(&dir, &["move", "web", name]);
+        }
+        wait_for_silence(&dir);
+        let (here, there) = (from.qemus(&dir).len(), to.qemus(&dir).len());
+        assert_eq!((here, there), (0, 1), "round {round} {kill:?}: {said}");
+        // Two that count would write the same number twice.
+        let before = serial.mark();
+        serial.assert_goes_on_to(&before, before.last_tick() + 2);
+        (from, to) = (to, from);
+        name = if name == "b" { "a" } else { "b" };
+    }
+    assert!(
+        interrupted > 5,
+        "only {interrupted} of 20 moves were interrupted"
+    );
+    assert_no_files_of_a_move(&hosts.a);
+    assert_no_files_of_a_move(&hosts.b);
+    from.json(&dir, &["stop", "web"]);
+}
+
+#[test]
+fn an_image_is_restored_on_another_host_that_reads_it_here() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let mut guest = Guest::start(&dir, GuestSpec::default());
+    guest.serial().wait_for_tick(3);
+    let image = dir.join("x.stow");
+    let image = image.to_str().unwrap();
+    hosts.a.json(&dir, &["save", &guest.source(), image]);
+    guest.wait_for_exit();
+    let before = guest.serial().mark();
+    // Nobody there trusts this host's key.
+    let (said, code) = hosts.a.refused(&dir, &["restore", image, "--on", "b"]);
+    assert_eq!(code, 6, "{said}");
+    let report = hosts.a.json(
+        &dir,
+        &["restore", image, "--on", "b", "--trust", "--name", "other"],
+    );
+    assert_eq!(report["name"], json!("other"));
+    let _qemu = qemu_of(&hosts.b, &dir);
+    guest.serial().assert_goes_on(&before);
+    assert_no_files_of_a_move(&hosts.b);
+}
