@@ -243,6 +243,66 @@ fn a_cable_that_is_cut_leaves_the_guest_here_until_it_is_mended() {
     guest.serial().assert_goes_on(&before);
 }
 
+#[test]
+fn a_guest_that_moves_lazily_runs_at_once_and_gets_its_memory_behind_although_the_connection_is_lost()
+ {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let spec = GuestSpec {
+        memory_mib: 128,
+        ..GuestSpec::default()
+    };
+    let mut guest = Guest::start(&dir, spec);
+    guest.serial().wait_for_tick(3);
+    fill(guest.pid(), &mut guest.qmp(), 128 << 20);
+    let source = guest.source();
+    let words = ["move", &source, "b", "--lazy", "--fill-rate", "4"];
+    let child = start(&hosts.a, &dir, &words);
+    // It ends here while most of its memory has not gone there yet.
+    guest.wait_for_exit();
+    let before = guest.serial().mark();
+    let qemu = qemu_of(&hosts.b, &dir);
+    guest.serial().assert_goes_on(&before);
+    for server in hosts.b.servers(&dir) {
+        server.kill();
+    }
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("trying again"), "{said}");
+    guest.serial().assert_goes_on(&guest.serial().mark());
+    assert_no_files_of_a_move(&hosts.a);
+    assert_no_files_of_a_move(&hosts.b);
+    drop(qemu);
+}
+
+#[test]
+fn a_lazy_move_whose_mover_is_killed_goes_on_when_it_is_started_again() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let spec = GuestSpec {
+        memory_mib: 128,
+        ..GuestSpec::default()
+    };
+    let mut guest = Guest::start(&dir, spec);
+    guest.serial().wait_for_tick(3);
+    fill(guest.pid(), &mut guest.qmp(), 128 << 20);
+    let source = guest.source();
+    let words = ["move", &source, "b", "--lazy", "--fill-rate", "8"];
+    let mut child = start(&hosts.a, &dir, &words);
+    guest.wait_for_exit();
+    let before = guest.serial().mark();
+    let _qemu = qemu_of(&hosts.b, &dir);
+    guest.serial().assert_goes_on(&before);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let report = hosts.a.json(&dir, &words);
+    assert_eq!(report["sent"], json!(null));
+    guest.serial().assert_goes_on(&guest.serial().mark());
+    assert_no_files_of_a_move(&hosts.a);
+    assert_no_files_of_a_move(&hosts.b);
+}
+
 /// Who is killed, and when.
 #[derive(Debug, Clone, Copy)]
 enum Kill {
@@ -328,12 +388,19 @@ fn an_image_is_restored_on_another_host_that_reads_it_here() {
     // Nobody there trusts this host's key.
     let (said, code) = hosts.a.refused(&dir, &["restore", image, "--on", "b"]);
     assert_eq!(code, 6, "{said}");
-    let report = hosts.a.json(
-        &dir,
-        &["restore", image, "--on", "b", "--trust", "--name", "other"],
-    );
-    assert_eq!(report["name"], json!("other"));
-    let _qemu = qemu_of(&hosts.b, &dir);
-    guest.serial().assert_goes_on(&before);
+    for way in [&["one"][..], &["two", "--lazy"]] {
+        let words = ["restore", image, "--on", "b", "--trust", "--name"];
+        let report = hosts.a.json(&dir, &[&words[..], way].concat());
+        assert_eq!(report["name"], json!(way[0]), "{report}");
+        assert_eq!(report["state"], json!("running"), "{report}");
+        let qemu = qemu_of(&hosts.b, &dir);
+        // Both begin where the image ends.
+        guest
+            .serial()
+            .wait_for_new_line(&before, "a tick", |line| line.starts_with("tick "));
+        hosts.b.json(&dir, &["stop", way[0]]);
+        drop(qemu);
+        std::fs::write(guest.serial().path(), before.text()).unwrap();
+    }
     assert_no_files_of_a_move(&hosts.b);
 }

@@ -337,6 +337,7 @@ fn move_advice(error: &MoveError) -> Option<String> {
         MoveError::Lost { .. } => {
             "look there what became of it; then let it run on here (QMP cont), or end it (`vmstow stop`)".to_owned()
         }
+        MoveError::Unserved { .. } => "run the same command again, soon: the guest stands still when it needs what it lacks".to_owned(),
         MoveError::Unsettled { .. } => "`vmstow move GUEST --settle` settles that one".to_owned(),
         MoveError::NotEnded { .. } => "run the same command again, or end that QEMU by its monitor".to_owned(),
         MoveError::RunsTwice { .. } => "end one of them, at once: they write to the same disks".to_owned(),

@@ -43,6 +43,18 @@ pub struct MoveArgs {
     #[arg(long)]
     stream: bool,
 
+    /// Let the guest run there before its memory is there; this command stays and gives it what it asks for first, and all
+    /// the rest behind
+    ///
+    /// If the connection is lost meanwhile the guest stands still as soon as it needs what it lacks, until the same
+    /// command is run again.
+    #[arg(long, conflicts_with_all = ["stream", "image", "bwlimit", "spool"])]
+    lazy: bool,
+
+    /// With --lazy: give at most so many MiB a second of what the guest does not ask for
+    #[arg(long, value_name = "MIB", requires = "lazy", value_parser = clap::value_parser!(u64).range(1..))]
+    fill_rate: Option<u64>,
+
     /// Only settle a move that was cut off: the guest ends here if it runs there, and runs on here if it does not
     #[arg(long, conflicts_with = "host")]
     settle: bool,
@@ -136,13 +148,18 @@ pub fn run(args: MoveArgs, ui: &Ui) -> Outcome {
     let mut arguments = args.guest.words()?;
     // Who may log in there may start guests there, and this one was just saved here.
     arguments.push("--trust".to_owned());
+    if args.lazy {
+        arguments.push("--lazy".to_owned());
+        arguments.extend(args.fill_rate.map(|mib| format!("--fill-rate={mib}")));
+    }
     let request = MoveRequest {
         saving,
         host,
         arguments,
-        way: match args.stream {
-            true => Way::Streamed,
-            false => Way::Copied,
+        way: match (args.stream, args.lazy) {
+            (true, _) => Way::Streamed,
+            (false, true) => Way::Lazy,
+            (false, false) => Way::Copied,
         },
         image: args.image,
         may_replace: args.replace,

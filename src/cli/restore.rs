@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::start::GuestArgs;
+use super::start::{GuestArgs, LazyArgs};
 use super::ui::{Ui, printable, threads};
 use super::{About, Failure, Outcome, this_program};
 use crate::config::Arguments;
@@ -22,8 +22,8 @@ use crate::pipeline::{self, PipedImage, begins_with_head};
 use crate::progress::Progress;
 use crate::relocate;
 use crate::restore::{
-    self, Invocation, LazyOptions, LazyRequest, Mapping, Origin, Plan, RestoreError, RestoreReport,
-    Resumed, ServeError, Verify,
+    self, Invocation, LazyRequest, Mapping, Origin, Plan, RestoreError, RestoreReport, Resumed,
+    ServeError, Verify,
 };
 use crate::store::{Location, SshLocation, StoreError};
 use crate::supervise::{RunningGuest, Serving};
@@ -40,21 +40,8 @@ pub struct RestoreArgs {
     #[arg(required_unless_present = "resume")]
     image: Option<Location>,
 
-    /// Let the guest run before its memory is there; it gets what it asks for first, and all the rest behind
-    #[arg(long, conflicts_with = "map", group = "late")]
-    lazy: bool,
-
-    /// With --lazy: give at most so many MiB a second of what the guest does not ask for
-    #[arg(long, value_name = "MIB", requires = "lazy", value_parser = clap::value_parser!(u64).range(1..))]
-    fill_rate: Option<u64>,
-
-    /// With --lazy: keep in the image what the guest asks for first, so that later restores have it ready
-    #[arg(long, requires = "lazy")]
-    record: bool,
-
-    /// With --lazy: let QEMU put every page in its place, even where vmstow could; slower
-    #[arg(long, requires = "lazy", hide_short_help = true)]
-    through_qemu: bool,
+    #[command(flatten)]
+    lazy: LazyArgs,
 
     /// With --lazy or --resume: stay until all memory is there
     #[arg(long, requires = "late", conflicts_with_all = ["foreground", "count"])]
@@ -73,7 +60,7 @@ pub struct RestoreArgs {
     ///
     /// For images of layout mapped, with QEMU 8.2 or later. The image is never written to; it must stay as long as the
     /// guest runs.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "lazy")]
     map: bool,
 
     /// With --map: when all of the image is verified
@@ -87,7 +74,7 @@ pub struct RestoreArgs {
 
     /// Restore it on another host, whose vmstow reads the image through your ssh
     #[arg(long, value_name = "[USER@]HOST[:PORT]", value_parser = super::check::host, conflicts_with_all = [
-        "late", "map", "count", "foreground", "dry_run", "print_command", "threads",
+        "record", "resume", "map", "count", "foreground", "dry_run", "print_command", "threads",
     ])]
     on: Option<SshLocation>,
 
@@ -176,18 +163,14 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
     let mut request = args.guest.request(image.clone(), args.trust)?;
     request.clones = args.count;
     request.threads = (threads / at_once).max(1);
-    request.lazy = args.lazy.then_some(LazyRequest {
-        options: LazyOptions {
-            fill_rate: args.fill_rate.map(|mib| mib << 20),
-            through_qemu: args.through_qemu,
-            records: args.record,
-        },
+    request.lazy = args.lazy.lazy.then_some(LazyRequest {
+        options: args.lazy.options(),
         invocation,
     });
     if args.count.is_some() && image == Location::Pipe {
         return Err(RestoreError::ClonesOfPipe.into());
     }
-    let is_trusted = request.trust && !args.lazy;
+    let is_trusted = request.trust && !args.lazy.lazy;
     let (manifest, trust, origin) = origin(&image, is_trusted, ui)?;
     if let (false, Origin::Image(opened)) = (request.remaps.is_empty(), &origin) {
         let xml = opened.image().xml().about(&image)?;
@@ -213,7 +196,7 @@ fn restore(args: RestoreArgs, invocation: Invocation, ui: &Ui) -> Outcome {
         return make_clones(&plan, &origin, count, ui).about(&image);
     }
     let (mut report, guest) = restore::restore(&plan, origin, ui).about(&image)?;
-    if args.lazy && args.wait {
+    if args.lazy.lazy && args.wait {
         let dir = guest.dir().clone();
         // From here on the guest is not ours to end.
         guest.keep();
@@ -239,7 +222,8 @@ fn restore_on(args: &RestoreArgs, there: &SshLocation, ui: &Ui) -> Outcome {
     let opened = image::open(&image).about(&image)?;
     let mut words = args.guest.words()?;
     words.extend(args.trust.then(|| "--trust".to_owned()));
-    let report = relocate::restore_on(there, &opened, words, ui).about(&image)?;
+    words.extend(args.lazy.words());
+    let report = relocate::restore_on(there, &opened, words, args.lazy.lazy, ui).about(&image)?;
     ui.answer(&report, |report| {
         let word = |key: &str| report[key].as_str().unwrap_or_default().to_owned();
         printable(&format!(

@@ -1,17 +1,19 @@
 //! `vmstow serve`
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser};
 
-use super::start::GuestArgs;
+use super::start::{GuestArgs, LazyArgs};
 use super::{Outcome, check_far, this_program};
 use crate::error::Result;
 use crate::relocate::{MoveError, Reception};
-use crate::restore::RestoreRequest;
+use crate::restore::{Invocation, LazyRequest, RestoreRequest};
 use crate::store::remote::{Asker, Frame, FrameType, FromClient, Peer};
 use crate::store::{Location, StoreError};
 use crate::transfer::{self, Orders};
@@ -70,17 +72,31 @@ struct Words {
 
     #[arg(long)]
     trust: bool,
+
+    #[command(flatten)]
+    lazy: LazyArgs,
 }
 
 /// The request that these arguments of `vmstow restore` make of an image.
 fn request(words: &[String], image: Location) -> Result<RestoreRequest> {
-    let words = ["restore"]
-        .into_iter()
-        .map(str::to_owned)
-        .chain(words.iter().cloned());
+    let begin = ["restore".to_owned(), image.to_string()];
+    // As `vmstow restore` would be told here, so that a restore that was cut off can be done once more.
+    let again = begin.iter().chain(words).map(OsString::from).collect();
+    let words = begin.iter().take(1).chain(words);
     let words = Words::try_parse_from(words).map_err(|error| MoveError::Order {
         what: error.to_string(),
     });
     let words = words?;
-    words.guest.request(image, words.trust)
+    let mut request = words.guest.request(image, words.trust)?;
+    if words.lazy.lazy {
+        request.lazy = Some(LazyRequest {
+            options: words.lazy.options(),
+            invocation: Invocation {
+                program: this_program()?,
+                arguments: again,
+                cwd: PathBuf::from("/"),
+            },
+        });
+    }
+    Ok(request)
 }

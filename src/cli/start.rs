@@ -8,7 +8,7 @@ use clap::Args;
 use super::settings::{self, RemapArgs};
 use crate::error::Result;
 use crate::pipeline;
-use crate::restore::{RestoreRequest, RomSize};
+use crate::restore::{LazyOptions, RestoreRequest, RomSize};
 use crate::store::Location;
 
 /// Where and as what a guest is started.
@@ -128,5 +128,45 @@ impl GuestArgs {
         let switches = switches.into_iter().filter(|(_, is_given)| *is_given);
         words.extend(switches.map(|(word, _)| word.to_owned()));
         Ok(words)
+    }
+}
+
+/// How a guest gets its memory while it runs.
+#[derive(Debug, Clone, Args)]
+pub struct LazyArgs {
+    /// Let the guest run before its memory is there; it gets what it asks for first, and all the rest behind
+    #[arg(long, group = "late")]
+    pub lazy: bool,
+
+    /// With --lazy: give at most so many MiB a second of what the guest does not ask for
+    #[arg(long, value_name = "MIB", requires = "lazy", value_parser = clap::value_parser!(u64).range(1..))]
+    pub fill_rate: Option<u64>,
+
+    /// With --lazy: keep in the image what the guest asks for first, so that later restores have it ready
+    #[arg(long, requires = "lazy")]
+    pub record: bool,
+
+    /// With --lazy: let QEMU put every page in its place, even where vmstow could; slower
+    #[arg(long, requires = "lazy", hide_short_help = true)]
+    pub through_qemu: bool,
+}
+
+impl LazyArgs {
+    /// The same for the process that gives it its memory.
+    pub fn options(&self) -> LazyOptions {
+        LazyOptions {
+            fill_rate: self.fill_rate.map(|mib| mib << 20),
+            through_qemu: self.through_qemu,
+            records: self.record,
+        }
+    }
+
+    /// The words that say the same to the program on another host.
+    pub fn words(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        words.extend(self.lazy.then(|| "--lazy".to_owned()));
+        words.extend(self.through_qemu.then(|| "--through-qemu".to_owned()));
+        words.extend(self.fill_rate.map(|mib| format!("--fill-rate={mib}")));
+        words
     }
 }

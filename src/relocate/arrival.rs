@@ -163,6 +163,16 @@ impl Arrivals {
         Ok((watch, ours))
     }
 
+    /// The name of the guest of a move, if it was let run here.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn runs(&self, id: Uuid) -> Result<Option<String>> {
+        let record = self.read(id)?;
+        let record = record.filter(|record| record.state == State::Runs);
+        Ok(record.and_then(|record| Some(record.guest?.name)))
+    }
+
     /// Says what became of a move, after doing what is left of it: who asks takes the answer for the last word.
     ///
     /// # Errors

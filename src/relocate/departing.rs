@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 use super::departure::Departure;
 use super::outgoing::Outgoing;
-use super::settle::end_here;
+use super::settle::{finish, quit_here};
 use super::there::{self, Became, Host, RestoreOrder, Runs, to_json};
 use super::{MoveError, MoveRequest, Way};
-use crate::bytes::{PublishError, Sink};
+use crate::bytes::{PublishError, ReadAt, Sink};
 use crate::error::{Error, Result};
 use crate::host::Lasting;
 use crate::pipeline::PipelineError;
@@ -30,6 +30,8 @@ pub struct Departing<'a> {
     /// Where the image goes there, if it goes into a file.
     place: PathBuf,
     image: Outgoing,
+    /// What the other side may read.
+    offered: Option<AnyFile>,
     record: Option<FileSink>,
     progress: &'a dyn Progress,
     runs: Option<Runs>,
@@ -67,8 +69,12 @@ impl<'a> Departing<'a> {
                 Some(directory) => Outgoing::file(directory)?,
                 None => Outgoing::file(&Lasting::find()?.moves())?,
             },
+            Way::Lazy => match &departure.image {
+                Some(path) => Outgoing::kept(path)?,
+                None => Outgoing::file(&Lasting::find()?.moves())?,
+            },
             Way::Streamed => {
-                let order = order(request, &departure, None);
+                let order = order(request, &departure);
                 Outgoing::stream(host.peer(), &to_json(&order)?)?
             }
         };
@@ -78,6 +84,7 @@ impl<'a> Departing<'a> {
             host,
             departure,
             image,
+            offered: None,
             record: None,
             progress,
             runs: None,
@@ -85,21 +92,24 @@ impl<'a> Departing<'a> {
         })
     }
 
-    /// Ends the guest here, now that it runs there.
+    /// Ends the guest here, now that it runs there, and gives it what it still needs from here.
     ///
     /// # Errors
-    /// [`MoveError::NotEnded`].
+    /// [`MoveError::NotEnded`], [`MoveError::Unserved`].
     pub fn finish(self) -> Result<Runs> {
-        end_here(&self.departure)?;
-        // What it does not forget now, it does by and by.
-        let _ = self.host.end(self.departure.id);
-        let name = self.departure.guest.clone();
-        self.runs
-            .ok_or(MoveError::NothingToSettle { guest: name }.into())
+        let guest = self.departure.guest.clone();
+        let runs = self.runs.ok_or(MoveError::NothingToSettle { guest })?;
+        let departure = self.departure.runs_there(&runs)?;
+        quit_here(&departure)?;
+        finish(&departure, self.host, self.progress)?;
+        Ok(runs)
     }
 
     /// What a save's error means for a guest that was to move.
     pub fn explain(mut self, error: Error) -> Error {
+        if let (Some(path), false) = (&self.departure.image, is_unknown(&error)) {
+            let _ = std::fs::remove_file(path);
+        }
         if let Outgoing::Stream(streaming) = &mut self.image
             && let Some(early) = streaming.early_answer()
         {
@@ -124,6 +134,7 @@ impl<'a> Departing<'a> {
 
     fn hand_over(&mut self) -> Result<Runs, NotHandedOver> {
         match self.image.as_file()? {
+            Some(image) if self.request.way == Way::Lazy => self.load_behind(image)?,
             Some(image) => self.load_copy(&image)?,
             None => drop(self.image.finish_stream()?),
         }
@@ -132,7 +143,12 @@ impl<'a> Departing<'a> {
         }
         let id = self.departure.id;
         self.say_go()?;
-        match self.host.go(id) {
+        let nothing: &[u8] = &[];
+        let offered: &dyn ReadAt = match &self.offered {
+            Some(image) => image,
+            None => &nothing,
+        };
+        match self.host.go(id, offered) {
             Ok(became) => self.went(became, None),
             Err(error) if is_refusal(&error) => Err(self.not_there(error)),
             Err(error) => self.ask_instead(error),
@@ -148,15 +164,30 @@ impl<'a> Departing<'a> {
             bytes_per_second: self.request.bytes_per_second,
         };
         transfer::send(image, &request, TRIES, self.progress)?;
-        let order = order(self.request, &self.departure, Some(&self.place));
-        let held = self.host.hold(&order, self.progress);
-        match held {
+        let order = RestoreOrder {
+            path: Some(self.place.clone()),
+            ..order(self.request, &self.departure)
+        };
+        let nothing: &[u8] = &[];
+        let held = self.host.hold(&order, &nothing, self.progress);
+        let held = match held {
             Err(error) if is_lost(&error) => {
                 self.host.reconnect()?;
-                self.host.hold(&order, self.progress)
+                self.host.hold(&order, &nothing, self.progress)
             }
             held => held,
-        }
+        };
+        held.map(drop)
+    }
+
+    /// Has the guest held while its memory is still here.
+    fn load_behind(&mut self, image: AnyFile) -> Result<()> {
+        let order = RestoreOrder {
+            length: Some(image.len()),
+            ..order(self.request, &self.departure)
+        };
+        let offered = self.offered.insert(image);
+        self.host.hold(&order, offered, self.progress).map(drop)
     }
 
     /// Writes down that GO is said.
@@ -216,13 +247,19 @@ impl<'a> Departing<'a> {
     }
 }
 
-fn order(request: &MoveRequest, departure: &Departure, path: Option<&PathBuf>) -> RestoreOrder {
+fn order(request: &MoveRequest, departure: &Departure) -> RestoreOrder {
     RestoreOrder {
         arguments: request.arguments.clone(),
         id: Some(departure.id),
         length: None,
-        path: path.cloned(),
+        path: None,
+        again: false,
     }
+}
+
+/// Whether the guest may be there.
+fn is_unknown(error: &Error) -> bool {
+    matches!(error.downcast_ref(), Some(SaveError::PublishUnknown { .. }))
 }
 
 fn is_refusal(error: &Error) -> bool {

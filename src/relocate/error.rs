@@ -45,6 +45,16 @@ pub enum MoveError {
         /// Where it was to go.
         host: String,
     },
+    /// It runs there and waits for memory that only this host has.
+    #[error("{guest} runs on {host} and does not get its memory from here any more")]
+    Unserved {
+        /// Its name.
+        guest: String,
+        /// Where it runs.
+        host: String,
+        /// Why not.
+        why: Error,
+    },
     /// An earlier move to somewhere else is not settled.
     #[error("an earlier move of {guest} to {host} is not settled")]
     Unsettled {
@@ -131,6 +141,7 @@ impl Blame for MoveError {
             MoveError::NotMoved { why, .. } => why.kind(),
             MoveError::Unknown { .. }
             | MoveError::Lost { .. }
+            | MoveError::Unserved { .. }
             | MoveError::NotLetRun { .. }
             | MoveError::Refused { .. } => ErrorKind::Remote,
             MoveError::Unsettled { .. }
@@ -156,6 +167,7 @@ impl Blame for MoveError {
         match self {
             MoveError::NotMoved { why, .. }
             | MoveError::Unknown { why, .. }
+            | MoveError::Unserved { why, .. }
             | MoveError::NotEnded { why, .. }
             | MoveError::NotPutBack { why, .. } => {
                 let causes = why.causes().map(ToString::to_string);

@@ -68,6 +68,8 @@ pub enum Way {
     Copied,
     /// Straight from QEMU here into QEMU there; it is kept nowhere.
     Streamed,
+    /// It stays here until the guest, which runs there already, has got its memory from it.
+    Lazy,
 }
 
 /// What a move gave.
@@ -132,7 +134,7 @@ pub fn move_guest(request: &MoveRequest, progress: &dyn Progress) -> Result<Move
     let begin = Instant::now();
     let plan = Plan::check(&request.saving)?;
     let host = Host::connect(&request.host)?;
-    let departure = Departure::new(&plan, &request.host)?;
+    let departure = Departure::new(&plan, request)?;
     let (manifest, xml) = plan.preview()?;
     let prepared = host.prepare(&departure, &manifest, &xml, &request.arguments, progress)?;
     for warning in &prepared.warnings {
@@ -189,6 +191,9 @@ pub fn settle_move(
 
 /// The guest's name, and the move of it that was cut off.
 fn earlier_move(saving: &SaveRequest) -> Result<(String, Option<Departure>)> {
+    if let Some(departure) = Departure::served_from_here(&saving.source)? {
+        return Ok((departure.guest.clone(), Some(departure)));
+    }
     let seen = Plan::look(saving)?;
     Ok((seen.report().name.clone(), Departure::of(seen.process())?))
 }

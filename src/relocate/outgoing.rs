@@ -2,14 +2,15 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use super::MoveError;
+use crate::bytes::Sink;
 use crate::error::Result;
 use crate::store::remote::{FrameType, Peer, RemoteError, StreamOut};
-use crate::store::{AnyFile, FileSource};
+use crate::store::{AnyFile, FileSink, FileSource};
 
 /// Bytes that are collected before they are written to the file.
 const WRITE_LEN: usize = 1 << 20;
@@ -18,6 +19,8 @@ const WRITE_LEN: usize = 1 << 20;
 pub enum Outgoing {
     /// Into a file without a name, which is gone with this process.
     File(BufWriter<File>),
+    /// Into a file that stays until the guest needs it no more.
+    Kept(Box<FileSink>, PathBuf),
     /// To the other side, which makes a guest of it at once.
     Stream(Streaming),
 }
@@ -39,6 +42,15 @@ impl Outgoing {
         fs::create_dir_all(directory).map_err(failed("keep"))?;
         let file = tempfile::tempfile_in(directory).map_err(failed("keep"))?;
         Ok(Outgoing::File(BufWriter::with_capacity(WRITE_LEN, file)))
+    }
+
+    /// A file with this name, mode 0600.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn kept(path: &Path) -> Result<Self> {
+        let sink = FileSink::create(path, false)?;
+        Ok(Outgoing::Kept(Box::new(sink), path.to_owned()))
     }
 
     /// Orders the peer to restore what is going to be streamed.
@@ -64,6 +76,7 @@ impl Outgoing {
     pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Outgoing::File(file) => file.write_all(bytes),
+            Outgoing::Kept(sink, _) => sink.append(bytes),
             Outgoing::Stream(streaming) => streaming.send(bytes),
         }
     }
@@ -73,12 +86,19 @@ impl Outgoing {
     /// # Errors
     /// [`MoveError::Spool`].
     pub fn as_file(&mut self) -> Result<Option<AnyFile>> {
-        let Outgoing::File(file) = self else {
-            return Ok(None);
-        };
         let failed = |source| MoveError::Spool {
             act: "write",
             source,
+        };
+        let file = match self {
+            Outgoing::File(file) => file,
+            Outgoing::Kept(sink, path) => {
+                sink.sync().map_err(failed)?;
+                sink.publish()
+                    .map_err(|error| failed(io::Error::other(error)))?;
+                return Ok(Some(AnyFile::File(FileSource::open(path)?)));
+            }
+            Outgoing::Stream(_) => return Ok(None),
         };
         file.flush().map_err(failed)?;
         let copy = file.get_ref().try_clone().map_err(failed)?;
@@ -91,7 +111,7 @@ impl Outgoing {
     /// The peer's reason, or the connection's.
     pub fn finish_stream(&mut self) -> Result<Option<Vec<u8>>, RemoteError> {
         match self {
-            Outgoing::File(_) => Ok(None),
+            Outgoing::File(_) | Outgoing::Kept(..) => Ok(None),
             Outgoing::Stream(streaming) => {
                 let sent = streaming.out.end();
                 let answer = streaming.answer();

@@ -2,25 +2,31 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::MoveError;
 use super::arrival::{Arrival, Arrivals};
+use super::error::failed;
 use super::there::{Became, PrepareOrder, Prepared, RestoreOrder, to_json};
 use crate::bytes::ReadAt;
 use crate::container::{ContainerError, Manifest};
 use crate::error::{Error, Result};
 use crate::host;
+use crate::host::{GuestDir, RuntimeDir};
 use crate::image::{self, Trust};
 use crate::pipeline::PipedImage;
-use crate::restore::{self, Origin, Plan, RestoreReport, RestoreRequest};
+use crate::restore::{self, Invocation, Origin, Plan, RestoreReport, RestoreRequest, Way};
 use crate::store::Location;
-use crate::store::remote::{Asker, Frame, FrameType, RemoteError, RemoteFile, StreamIn};
+use crate::store::remote::{Asker, Frame, FrameType, Relay, RemoteError, RemoteFile, StreamIn};
 use crate::supervise::RunningGuest;
 use crate::transfer::Teller;
 use crate::units::FileOffset;
+
+/// How long a QEMU whose guest waits for its memory may take to answer.
+const RESUME_TAKES: Duration = Duration::from_secs(60);
 
 /// Makes a request of the arguments of a `vmstow restore`, and of the image beside them.
 pub type Request<'a> = dyn Fn(&[String], Location) -> Result<RestoreRequest> + 'a;
@@ -133,6 +139,11 @@ impl Reception<'_> {
         asker: &Arc<Asker>,
         stream: StreamIn,
     ) -> Result<()> {
+        // Until all is over: who gives the guest its memory reads there.
+        let _relay = relay(order, asker)?;
+        if let (Some(id), true) = (order.id, order.again) {
+            return self.go_on(id, number, asker);
+        }
         let arrival = match order.id {
             Some(id) => Some(Arrivals::open()?.begin(id, &self.program)?),
             None => None,
@@ -160,12 +171,42 @@ impl Reception<'_> {
         }
     }
 
+    /// Gives a guest that runs the rest of its memory, after the connection was lost.
+    fn go_on(&self, id: Uuid, number: u64, asker: &Arc<Asker>) -> Result<()> {
+        let dir = match Arrivals::open()?.runs(id)? {
+            Some(name) => Some(RuntimeDir::open()?.guest(&name)?),
+            // It was told already that the move is over: the guest has all of its memory.
+            None => None,
+        };
+        if let Some(dir) = &dir {
+            let invocation = Invocation {
+                program: self.program.clone(),
+                arguments: Vec::new(),
+                cwd: PathBuf::from("/"),
+            };
+            restore::resume(dir, &invocation, RESUME_TAKES)?;
+        }
+        answer(asker, FrameType::Restored, number, &())?;
+        let order = asker.next_order()?;
+        match order.frame_type {
+            FrameType::End => end(id, dir.as_ref(), order.number, asker),
+            _ => Err(asker
+                .peer()
+                .broke("an order that does not belong here")
+                .into()),
+        }
+    }
+
     fn load(&self, order: &RestoreOrder, asker: &Arc<Asker>, stream: StreamIn) -> Result<Loaded> {
         let teller = Teller::new(asker);
-        let location = order.path.clone().map_or(Location::Pipe, Location::Path);
+        let mut location = order.path.clone().map_or(Location::Pipe, Location::Path);
+        if let (Some(id), Some(_)) = (order.id, order.length) {
+            location = Location::Peer(relay_socket(id)?);
+        }
         let mut request = (self.request)(&order.arguments, location.clone())?;
         request.held_as = order.id.map(|id| id.to_string());
         let opened = match (order.length, &order.path) {
+            (Some(_), _) if order.id.is_some() => image::open(&location)?,
             (Some(length), _) => {
                 image::open_offered(Arc::new(RemoteFile::offered(Arc::clone(asker), length)))?
             }
@@ -215,6 +256,8 @@ fn manifest_of(json: &[u8]) -> Result<Manifest> {
 /// Holds a loaded guest until the client lets it run; without that it ends with the connection.
 fn hold(loaded: Loaded, arrival: Arrival, number: u64, asker: &Arc<Asker>) -> Result<()> {
     let Loaded { report, guest, .. } = loaded;
+    let dir = guest.dir().clone();
+    let is_lazy = report.memory == Way::Lazy;
     let mut held = Some(guest);
     let told = answer(asker, FrameType::Restored, number, &report);
     let outcome = told.and_then(|()| {
@@ -234,9 +277,8 @@ fn hold(loaded: Loaded, arrival: Arrival, number: u64, asker: &Arc<Asker>) -> Re
                 }
                 FrameType::End => {
                     let id = id_in(&order.body)?;
-                    Arrivals::open()?.forget(id)?;
-                    answer(asker, FrameType::Ended, order.number, &())?;
-                    return Ok(());
+                    let lazy = (is_lazy && held.is_none()).then_some(&dir);
+                    return end(id, lazy, order.number, asker);
                 }
                 _ => {
                     return Err(asker
@@ -250,6 +292,32 @@ fn hold(loaded: Loaded, arrival: Arrival, number: u64, asker: &Arc<Asker>) -> Re
     drop(held);
     arrival.give_up();
     outcome
+}
+
+/// Forgets a move, once the guest in this directory has all of its memory.
+fn end(id: Uuid, lazy: Option<&GuestDir>, number: u64, asker: &Arc<Asker>) -> Result<()> {
+    if let Some(dir) = lazy {
+        restore::wait_for_memory(dir, &Teller::new(asker))?;
+    }
+    Arrivals::open()?.forget(id)?;
+    answer(asker, FrameType::Ended, number, &())
+}
+
+/// Where a guest finds what is offered for it, whoever offers it again.
+fn relay_socket(id: Uuid) -> Result<PathBuf> {
+    let name = format!("{}.sock", id.simple());
+    Ok(RuntimeDir::open()?.path().join(name))
+}
+
+/// Lets others of this host read what is offered for a guest that is held.
+fn relay(order: &RestoreOrder, asker: &Arc<Asker>) -> Result<Option<Relay>> {
+    let (Some(id), Some(length)) = (order.id, order.length) else {
+        return Ok(None);
+    };
+    let path = relay_socket(id)?;
+    let file = RemoteFile::offered(Arc::clone(asker), length);
+    let relay = Relay::listen(&path, file).map_err(failed("listen at", path))?;
+    Ok(Some(relay))
 }
 
 fn parse<T: for<'de> serde::Deserialize<'de>>(order: &[u8]) -> Result<T> {

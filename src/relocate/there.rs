@@ -33,6 +33,9 @@ pub struct RestoreOrder {
     pub length: Option<u64>,
     /// Where it is there.
     pub path: Option<PathBuf>,
+    /// Whether it is offered anew for a guest that runs already.
+    #[serde(default)]
+    pub again: bool,
 }
 
 /// What [`FrameType::Prepare`] orders.
@@ -151,13 +154,17 @@ impl Host {
         self.order(&offered, FrameType::Prepare, &order, progress)
     }
 
-    /// Has it load a guest from an image that is there, and hold it.
+    /// Has it load a guest from an image that is there or offered, and hold it; of one that runs, give it its memory again.
     ///
     /// # Errors
     /// Why it cannot; the connection's.
-    pub fn hold(&self, order: &RestoreOrder, progress: &dyn Progress) -> Result<()> {
-        let _: serde_json::Value = self.order(&Vec::new(), FrameType::Restore, order, progress)?;
-        Ok(())
+    pub fn hold(
+        &self,
+        order: &RestoreOrder,
+        offered: &dyn ReadAt,
+        progress: &dyn Progress,
+    ) -> Result<serde_json::Value> {
+        self.order(offered, FrameType::Restore, order, progress)
     }
 
     /// Lets the guest run that it holds. Nothing ends the wait for the answer but the connection.
@@ -165,20 +172,16 @@ impl Host {
     /// # Errors
     /// [`RemoteError::Refused`] if it does not run there and never will, which it may also say as an answer; the
     /// connection's.
-    pub fn go(&self, id: Uuid) -> Result<Became> {
-        self.exchange(&Vec::new(), FrameType::Go, id.as_bytes(), &Silent)
+    pub fn go(&self, id: Uuid, offered: &dyn ReadAt) -> Result<Became> {
+        self.exchange(offered, FrameType::Go, id.as_bytes(), &Silent)
     }
 
-    /// Says that nothing more comes of a move.
+    /// Says that nothing more comes of a move but what is offered, and waits until the guest has all of that it needs.
     ///
     /// # Errors
-    /// The connection's.
-    pub fn end(&self, id: Uuid) -> Result<(), RemoteError> {
-        let nothing: &[u8] = &[];
-        let ended = self
-            .peer
-            .give(&nothing, FrameType::End, id.as_bytes(), &mut |_| true);
-        ended.map(drop)
+    /// Why it does not get it; the connection's.
+    pub fn end(&self, id: Uuid, offered: &dyn ReadAt, progress: &dyn Progress) -> Result<()> {
+        self.exchange(offered, FrameType::End, id.as_bytes(), progress)
     }
 
     fn order<T: for<'de> Deserialize<'de>>(
@@ -239,7 +242,7 @@ pub fn ask(location: &SshLocation, id: Uuid, progress: &dyn Progress) -> Result<
     }
 }
 
-/// Restores the guest of an image on another host, which reads the image here; gives what `vmstow restore --json` prints there.
+/// Restores the guest of an image on another host, which reads the image here, until all of it is there; gives what `vmstow restore --json` prints there.
 ///
 /// # Errors
 /// Why it cannot be restored there; the connection's.
@@ -247,16 +250,32 @@ pub fn restore_on(
     location: &SshLocation,
     image: &OpenedImage,
     arguments: Vec<String>,
+    is_lazy: bool,
     progress: &dyn Progress,
 ) -> Result<serde_json::Value> {
     let host = Host::connect(location)?;
     let file = image.image().reader();
     let order = RestoreOrder {
+        // Only a guest that somebody may lose his hold of is held.
+        id: is_lazy.then(Uuid::new_v4),
         arguments,
-        id: None,
         length: Some(file.len()),
         path: None,
+        again: false,
     };
-    let restored = host.exchange(file, FrameType::Restore, &to_json(&order)?, progress);
+    let restored = host.hold(&order, file, progress).and_then(|mut report| {
+        let Some(id) = order.id else {
+            return Ok(report);
+        };
+        let Became::Runs(runs) = host.go(id, file)? else {
+            let host = location.host.clone();
+            return Err(MoveError::NotLetRun { host }.into());
+        };
+        progress.begin("giving it its memory", None);
+        host.end(id, file, progress)?;
+        progress.end();
+        report["state"] = runs.state.into();
+        Ok(report)
+    });
     restored.map_err(|error| file.failure().unwrap_or(error))
 }

@@ -34,6 +34,7 @@ pub fn open_far(location: &Location) -> Result<Arc<dyn FarFile>> {
         }
         .into()),
         Location::Ssh(there) => Ok(Arc::new(RemoteFile::open_at(there)?)),
+        Location::Peer(socket) => Ok(Arc::new(RemoteFile::relayed(socket)?)),
         Location::Object(_) => Err(not_built("s3").into()),
         Location::Web(_) => Err(not_built("http").into()),
         Location::Registry(_) => Err(not_built("oci").into()),

@@ -21,6 +21,8 @@ pub enum Location {
     Web(String),
     /// `oci://REGISTRY/NAME:TAG`
     Registry(RegistryLocation),
+    /// `peer://SOCKET`: what another host offers to a process of ours on this one.
+    Peer(PathBuf),
 }
 
 /// A file of another host, which is reached by `ssh`.
@@ -95,6 +97,7 @@ impl FromStr for Location {
             (_, Some(("oci", rest))) => parse_registry(rest)
                 .map(Location::Registry)
                 .ok_or_else(wrong),
+            (_, Some(("peer", path))) => Ok(Location::Peer(PathBuf::from(path))),
             (_, Some(("http" | "https", rest))) => match is_web(rest) {
                 true => Ok(Location::Web(text.to_owned())),
                 false => Err(wrong()),
@@ -209,6 +212,7 @@ impl fmt::Display for Location {
             Location::Ssh(there) => there.fmt(f),
             Location::Object(there) => write!(f, "s3://{}/{}", there.bucket, there.key),
             Location::Web(url) => f.write_str(url),
+            Location::Peer(path) => write!(f, "peer://{}", path.display()),
             Location::Registry(there) => write!(
                 f,
                 "oci://{}/{}:{}",
@@ -271,6 +275,7 @@ mod tests {
             "s3://bucket/some/key",
             "oci://localhost:5000/lab/web01:monday",
             "https://host/images/web01.stow?version=3",
+            "peer:///run/vmstow/x.sock",
         ] {
             let location: Location = text.parse().unwrap();
             assert!(location.is_far());

@@ -96,6 +96,9 @@ pub fn load_and_run(
     let mut qmp = guest.wait_qmp(plan.timeout())?;
     find_memory(&mut task, &mut qmp)?;
     task.write(&dir)?;
+    if plan.is_held() {
+        super::leave_disks(&mut qmp)?;
+    }
     begin_migration(&mut qmp, qemus)?;
     supervise::wait_ready(&mut keeper)?;
     wait_loaded(server, guest, plan.timeout(), progress)?;

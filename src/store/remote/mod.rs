@@ -10,6 +10,7 @@ mod error;
 mod frame;
 mod give;
 mod peer;
+mod relay;
 mod ssh;
 mod stream;
 
@@ -18,4 +19,5 @@ pub use error::RemoteError;
 pub use frame::{Frame, FrameType, MAX_BODY_LEN, MAX_TEXT_LEN};
 pub use give::{Answer, Giver};
 pub use peer::{FromClient, Peer};
+pub use relay::Relay;
 pub use stream::{StreamIn, StreamOut};
