@@ -19,7 +19,8 @@ pub const MAX_TEXT_LEN: usize = 64 << 10;
 /// The most requests that wait for an answer.
 pub const MAX_REQUESTS: usize = 64;
 
-const HEADER_LEN: usize = 16;
+/// Bytes of a frame before its body.
+pub const HEADER_LEN: usize = 16;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub enum FrameType {
     Progress = 5,
     /// Asks whether the guest in the image that is offered would run there.
     Check = 6,
+    /// Asks how far a guess is right.
+    Compare = 13,
     /// The file is open.
     Opened = 16,
     /// Bytes.
@@ -49,23 +52,27 @@ pub enum FrameType {
     Failed = 20,
     /// What the check found.
     Checked = 21,
+    /// How far it is, and what is right.
+    Compared = 28,
 }
 
 impl FrameType {
     /// All of them.
-    pub const ALL: [FrameType; 12] = [
+    pub const ALL: [FrameType; 14] = [
         FrameType::Open,
         FrameType::Read,
         FrameType::NextData,
         FrameType::Receive,
         FrameType::Progress,
         FrameType::Check,
+        FrameType::Compare,
         FrameType::Opened,
         FrameType::Data,
         FrameType::Place,
         FrameType::Received,
         FrameType::Failed,
         FrameType::Checked,
+        FrameType::Compared,
     ];
 
     /// The number that stands for it in a frame.

@@ -14,6 +14,10 @@ pub enum Answer {
     Received(Vec<u8>),
 }
 
+/// Understands the file that is given: the reply to the question in a frame of type [`FrameType::Compare`], or why there is
+/// none.
+pub type Comparer<'a> = dyn FnMut(&[u8]) -> Result<Vec<u8>, String> + 'a;
+
 /// Answers [`FrameType::Read`] and [`FrameType::NextData`]; its buffer is used again and again.
 #[derive(Debug, Default)]
 pub struct Giver {
@@ -70,6 +74,24 @@ impl Giver {
     }
 }
 
+/// Answers a frame of type [`FrameType::Compare`].
+///
+/// # Errors
+/// The connection's.
+pub fn answer_compare(
+    peer: &Peer,
+    frame: &Frame,
+    comparer: &mut Comparer<'_>,
+) -> Result<(), RemoteError> {
+    match comparer(&frame.body) {
+        Ok(reply) if reply.len() <= MAX_BODY_LEN as usize => {
+            peer.write(FrameType::Compared, frame.number, &reply)
+        }
+        Ok(_) => peer.write(FrameType::Failed, frame.number, &failure(1, "too long")),
+        Err(text) => peer.write(FrameType::Failed, frame.number, &failure(1, &text)),
+    }
+}
+
 /// The body of a frame of type [`FrameType::Failed`].
 fn failure(kind: u8, text: &str) -> Vec<u8> {
     let mut end = text.len().min(MAX_TEXT_LEN);
@@ -108,6 +130,22 @@ impl Peer {
         order: &[u8],
         tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
     ) -> Result<Option<Vec<u8>>, RemoteError> {
+        let mut no_comparer = |_: &[u8]| Err("nothing is compared here".to_owned());
+        self.give_compared(file, &mut no_comparer, what, order, tell)
+    }
+
+    /// As [`Peer::give`]; `comparer` understands the file.
+    ///
+    /// # Errors
+    /// As [`Peer::give`].
+    pub fn give_compared(
+        &self,
+        file: &dyn ReadAt,
+        comparer: &mut Comparer<'_>,
+        what: FrameType,
+        order: &[u8],
+        tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
+    ) -> Result<Option<Vec<u8>>, RemoteError> {
         const NUMBER: u64 = u64::MAX;
         self.write(what, NUMBER, order)?;
         let report = match what {
@@ -124,6 +162,10 @@ impl Peer {
                 }
                 FrameType::Progress => {
                     Some(progress(&frame.body).ok_or_else(|| self.broke("progress that is none"))?)
+                }
+                FrameType::Compare => {
+                    answer_compare(self, &frame, comparer)?;
+                    None
                 }
                 _ if giver.answer(self, &frame, Some(file))? => None,
                 _ => return Err(self.broke("a frame that does not belong here")),

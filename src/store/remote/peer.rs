@@ -2,12 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::process::Child;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::RemoteError;
 use super::frame::{
-    self, Frame, FrameError, FrameType, VERSION, greeting, parse_greeting, read_frame,
+    self, Frame, FrameError, FrameType, HEADER_LEN, VERSION, greeting, parse_greeting, read_frame,
 };
 
 /// How long a program that we started may take to end once nobody talks to it.
@@ -19,6 +20,7 @@ pub struct Peer {
     input: Mutex<Box<dyn Read + Send>>,
     output: Mutex<Option<Box<dyn Write + Send>>>,
     child: Mutex<Option<Child>>,
+    crossed: AtomicU64,
 }
 
 impl Peer {
@@ -37,6 +39,7 @@ impl Peer {
             input: Mutex::new(Box::new(input)),
             output: Mutex::new(Some(Box::new(output))),
             child: Mutex::new(child),
+            crossed: AtomicU64::new(2 * 16),
         };
         // Who ended already cannot be written to; why it did is told by what it sent.
         let _ = peer.write_bytes(&greeting());
@@ -73,16 +76,28 @@ impl Peer {
         &self.name
     }
 
+    /// Bytes that went and came so far.
+    pub fn crossed_bytes(&self) -> u64 {
+        self.crossed.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, body: &[u8]) {
+        let len = (HEADER_LEN + body.len()) as u64;
+        self.crossed.fetch_add(len, Ordering::Relaxed);
+    }
+
     /// Reads the next frame.
     ///
     /// # Errors
     /// [`RemoteError::Ended`]; [`RemoteError::BrokenRule`].
     pub fn read(&self) -> Result<Frame, RemoteError> {
         let outcome = read_frame(&mut *self.input());
-        outcome.map_err(|error| match error {
+        let frame = outcome.map_err(|error| match error {
             FrameError::Io(error) => self.ended(&error),
             FrameError::Rule(rule) => self.broke(rule),
-        })
+        })?;
+        self.count(&frame.body);
+        Ok(frame)
     }
 
     /// Sends a frame.
@@ -99,7 +114,9 @@ impl Peer {
             Some(output) => frame::write_frame(output, frame_type, number, body),
             None => Err(io::ErrorKind::BrokenPipe.into()),
         };
-        outcome.map_err(|error| self.ended(&error))
+        outcome.map_err(|error| self.ended(&error))?;
+        self.count(body);
+        Ok(())
     }
 
     fn write_bytes(&self, bytes: &[u8]) -> io::Result<()> {
