@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::ui::Ui;
 use super::{About, Outcome};
-use crate::store::remote::Peer;
+use crate::store::remote::{Peer, widen};
 use crate::store::{Location, StoreError};
 use crate::transfer::{self, CopyParent, CopyReport, CopyRequest};
 use crate::units::human_bytes;
@@ -134,6 +134,8 @@ pub fn serve(_args: &ServeArgs) -> Outcome {
     let input = std::io::stdin().as_fd().try_clone_to_owned();
     let output = std::io::stdout().as_fd().try_clone_to_owned();
     let (input, output) = (input.map_err(failed)?, output.map_err(failed)?);
+    widen(&input);
+    widen(&output);
     let name = "the other side".to_owned();
     let peer = Peer::greet(name, File::from(input), File::from(output), None)?;
     transfer::serve(peer, &super::check_far::serve)?;

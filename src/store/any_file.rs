@@ -68,6 +68,13 @@ impl ReadAt for AnyFile {
         }
     }
 
+    fn read_to(&self, buf: &mut Vec<u8>, len: usize, offset: u64) -> io::Result<()> {
+        match self {
+            AnyFile::File(file) => file.read_to(buf, len, offset),
+            AnyFile::Remote(file) => file.read_to(buf, len, offset),
+        }
+    }
+
     fn next_data(&self, offset: u64) -> io::Result<u64> {
         match self {
             AnyFile::File(file) => file.next_data(offset),

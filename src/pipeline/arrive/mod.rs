@@ -1,7 +1,7 @@
 //! Chunks from another place into a file of the same image: got, verified, and only then written.
 //!
-//! Every worker takes the next chunks that are got the same way. Those that lie beside each other, about a MiB, it reads
-//! with one request and hashes side by side. With an image of an earlier save at hand it takes chunks out of that, or
+//! Every worker takes the next chunks that are got the same way. Up to four that lie beside each other it
+//! reads with one request and hashes side by side. With an image of an earlier save at hand it takes chunks out of that, or
 //! compares what it guesses with the other place ([`patch`](super::patch)); where that leads to nothing the chunk is read
 //! after all. There are more workers than cores where the other place is far: most of them wait.
 
@@ -125,9 +125,8 @@ impl<S: ReadAt> Worker<'_, S> {
         };
         let len: usize = entries.iter().map(|entry| entry.stored_len as usize).sum();
         self.queue.keep_to_rate(len)?;
-        grow(&mut self.bench.stored, len);
         self.source
-            .read_exact_at(&mut self.bench.stored[..len], at.0)
+            .read_to(&mut self.bench.stored, len, at.0)
             .map_err(|source| ContainerError::Read { at, source })?;
         self.bench.check(entries)?;
         self.target

@@ -9,13 +9,17 @@ use super::Arrived;
 use super::earlier::{Way, Ways};
 use crate::bytes::ReadAt;
 use crate::container::ChunkEntry;
-use crate::pipeline::PipelineError;
 use crate::pipeline::fetch::{ChunkTable, MOST_AT_ONCE};
+use crate::pipeline::{DEFAULT_CHUNK_LEN, PipelineError};
 use crate::progress::Progress;
 use crate::units::ChunkIndex;
 
-/// Stored bytes that are read at once.
-const REQUEST_LEN: u64 = 1 << 20;
+/// Stored bytes that are read at once: four chunks of the usual size, which are hashed side by side. A chunk is larger than its
+/// part of guest memory by its headers, if it does not compress.
+const REQUEST_LEN: u64 = 4 * (DEFAULT_CHUNK_LEN + DEFAULT_CHUNK_LEN / 64) as u64;
+
+/// How many requests a second there are at least where a rate is kept: what is on its way when the copy is interrupted comes twice.
+const REQUESTS_A_SECOND: u64 = 64;
 
 /// Raw bytes that are compared at once, and chunks.
 const COMPARED_LEN: u64 = 5 << 20;
@@ -81,6 +85,8 @@ impl<'a> Queue<'a> {
         }
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let mut task = Task::Nothing;
+        let rate = self.bytes_per_second.unwrap_or(u64::MAX);
+        let most = REQUEST_LEN.min(rate / REQUESTS_A_SECOND);
         while let Some(chunk) = self.lacking.get(*next) {
             if self.is_over.load(Ordering::Relaxed) {
                 return Ok(Task::Nothing);
@@ -91,7 +97,7 @@ impl<'a> Queue<'a> {
                 (Task::Nothing, Way::Read) => task = Task::Read(vec![entry]),
                 (Task::Nothing, Way::Same(before)) => task = Task::Same(vec![(entry, before)]),
                 (Task::Nothing, Way::Guess) => task = Task::Guess(vec![entry]),
-                (Task::Read(entries), Way::Read) if lies_behind(entries, &entry) => {
+                (Task::Read(entries), Way::Read) if lies_behind(entries, &entry, most) => {
                     entries.push(entry);
                 }
                 (Task::Same(pairs), Way::Same(before)) if pairs.len() < MOST_AT_ONCE => {
@@ -154,14 +160,14 @@ impl<'a> Queue<'a> {
     }
 }
 
-/// Whether `entry` lies right behind the others, and may be read with them.
-fn lies_behind(entries: &[ChunkEntry], entry: &ChunkEntry) -> bool {
+/// Whether `entry` lies right behind the others, and may be read with them: at most `most` bytes together.
+fn lies_behind(entries: &[ChunkEntry], entry: &ChunkEntry, most: u64) -> bool {
     let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
         return true;
     };
     let len = end_of(entry).saturating_sub(first.stored_offset.0);
     let is_beside = end_of(last) == entry.stored_offset.0;
-    is_beside && len <= REQUEST_LEN && entries.len() < MOST_AT_ONCE
+    is_beside && len <= most && entries.len() < MOST_AT_ONCE
 }
 
 fn is_room(entries: &[ChunkEntry], entry: &ChunkEntry) -> bool {

@@ -295,10 +295,44 @@ fn guess_headers(raw: &mut [u8], pages: &[PlacedPage]) {
 
 /// Fills a space between pages with records of zero pages from `first` on.
 fn guess_zeros(space: &mut [u8], first: Option<u64>) {
-    let Some(first) = first.filter(|_| space.len() % ZERO_LEN == 0) else {
+    let Some(first) = first.filter(|_| space.len().is_multiple_of(ZERO_LEN)) else {
         return;
     };
     for (place, page) in space.chunks_exact_mut(ZERO_LEN).zip(first..) {
         place[..HEADER_LEN].copy_from_slice(&header(page, RAM_SAVE_FLAG_ZERO));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_qemu_writes_around_pages_is_guessed() {
+        // Two zero pages, pages 2 and 5 with bytes, and what lies between and behind them.
+        let mut expected = Vec::new();
+        let mut pages = Vec::new();
+        for page in 0..7 {
+            let flag =
+                [RAM_SAVE_FLAG_ZERO, RAM_SAVE_FLAG_PAGE][usize::from(page == 2 || page == 5)];
+            expected.extend_from_slice(&header(page, flag));
+            if flag == RAM_SAVE_FLAG_ZERO {
+                expected.push(0);
+                continue;
+            }
+            pages.push(PlacedPage {
+                block: 0,
+                page: PageIndex(page),
+                body: u32::try_from(expected.len()).unwrap(),
+            });
+            expected.extend_from_slice(&[0; PIECE_LEN]);
+        }
+        let mut raw = vec![0; expected.len()];
+        guess_headers(&mut raw, &pages);
+        assert!(raw == expected);
+        // Something else behind the last page is left alone.
+        let mut raw = vec![0; expected.len() + 5];
+        guess_headers(&mut raw, &pages);
+        assert_eq!(raw[expected.len() - 9..], [0; 14]);
     }
 }

@@ -16,4 +16,4 @@ pub use ask::{Asker, RemoteFile};
 pub use error::RemoteError;
 pub use frame::{Frame, FrameType, MAX_BODY_LEN, MAX_TEXT_LEN};
 pub use give::{Answer, Comparer, Giver, answer_compare};
-pub use peer::Peer;
+pub use peer::{Peer, widen};

@@ -1,6 +1,7 @@
 //! The connection: two pipes, the greeting, and the program that holds their other ends.
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::process::Child;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,18 @@ use super::frame::{
 /// How long a program that we started may take to end once nobody talks to it.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Bodies that are kept for the next frames.
+const MAX_SPARE: usize = 8;
+
+/// Bytes that the pipes to and from the other side hold: fewer make the two wait for each other more often.
+const PIPE_LEN: usize = 1 << 20;
+
+/// Lets a pipe hold more than usual, if it is one and the system allows it.
+pub fn widen(pipe: impl AsFd) {
+    // Failure costs speed only.
+    let _ = rustix::pipe::fcntl_setpipe_size(pipe, PIPE_LEN);
+}
+
 /// The other side of a connection. Any thread may write; one at a time reads.
 pub struct Peer {
     name: String,
@@ -21,6 +34,8 @@ pub struct Peer {
     output: Mutex<Option<Box<dyn Write + Send>>>,
     child: Mutex<Option<Child>>,
     crossed: AtomicU64,
+    /// Bodies of frames that nobody needs any more.
+    spare: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Peer {
@@ -40,6 +55,7 @@ impl Peer {
             output: Mutex::new(Some(Box::new(output))),
             child: Mutex::new(child),
             crossed: AtomicU64::new(2 * 16),
+            spare: Mutex::default(),
         };
         // Who ended already cannot be written to; why it did is told by what it sent.
         let _ = peer.write_bytes(&greeting());
@@ -81,6 +97,14 @@ impl Peer {
         self.crossed.load(Ordering::Relaxed)
     }
 
+    /// Takes back the body of a frame that was read, for the next ones.
+    pub fn give_back(&self, body: Vec<u8>) {
+        let mut spare = lock(&self.spare);
+        if spare.len() < MAX_SPARE {
+            spare.push(body);
+        }
+    }
+
     fn count(&self, body: &[u8]) {
         let len = (HEADER_LEN + body.len()) as u64;
         self.crossed.fetch_add(len, Ordering::Relaxed);
@@ -91,7 +115,8 @@ impl Peer {
     /// # Errors
     /// [`RemoteError::Ended`]; [`RemoteError::BrokenRule`].
     pub fn read(&self) -> Result<Frame, RemoteError> {
-        let outcome = read_frame(&mut *self.input());
+        let mut buffer = || lock(&self.spare).pop().unwrap_or_default();
+        let outcome = read_frame(&mut *self.input(), &mut buffer);
         let frame = outcome.map_err(|error| match error {
             FrameError::Io(error) => self.ended(&error),
             FrameError::Rule(rule) => self.broke(rule),
