@@ -262,6 +262,13 @@ fn a_parent_that_is_wrong_makes_no_wrong_file() {
     assert_same(&dir.join("after.stow"), &dir.join("into/after.stow"));
 }
 
+/// Flips bits of a byte, if there is one.
+fn flip(bytes: &mut [u8], at: usize, bits: u8) {
+    if let Some(byte) = bytes.get_mut(at) {
+        *byte ^= bits;
+    }
+}
+
 #[test]
 fn nobody_has_to_be_believed_and_a_part_goes_on_with_a_parent() {
     let dir = saved_twice(10, "2");
@@ -298,11 +305,7 @@ fn nobody_has_to_be_believed_and_a_part_goes_on_with_a_parent() {
         (
             "another bit in the states",
             Box::new(|_, mut reply| {
-                reply
-                    .iter_mut()
-                    .nth(3)
-                    .into_iter()
-                    .for_each(|byte| *byte ^= 4);
+                flip(&mut reply, 3, 4);
                 Ok(reply)
             }),
         ),
@@ -310,11 +313,7 @@ fn nobody_has_to_be_believed_and_a_part_goes_on_with_a_parent() {
             "another bit in the frame",
             Box::new(|_, mut reply| {
                 let at = reply.len() * 3 / 4;
-                reply
-                    .iter_mut()
-                    .nth(at)
-                    .into_iter()
-                    .for_each(|byte| *byte ^= 1);
+                flip(&mut reply, at, 1);
                 Ok(reply)
             }),
         ),
