@@ -22,6 +22,15 @@ pub trait ReadAt: Send + Sync {
     /// `UnexpectedEof` if fewer than `buf.len()` bytes lie there; whatever the source says otherwise.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
 
+    /// Makes `buf` the `len` bytes at `offset`: where they come in a buffer of their own it takes the place of this one.
+    ///
+    /// # Errors
+    /// As [`ReadAt::read_exact_at`].
+    fn read_to(&self, buf: &mut Vec<u8>, len: usize, offset: u64) -> io::Result<()> {
+        buf.resize(len, 0);
+        self.read_exact_at(buf, offset)
+    }
+
     /// The first place from `offset` on where a byte may lie that is not zero; its length if there is none.
     ///
     /// # Errors
@@ -128,6 +137,10 @@ impl<R: ReadAt + ?Sized> ReadAt for std::sync::Arc<R> {
         (**self).read_exact_at(buf, offset)
     }
 
+    fn read_to(&self, buf: &mut Vec<u8>, len: usize, offset: u64) -> io::Result<()> {
+        (**self).read_to(buf, len, offset)
+    }
+
     fn next_data(&self, offset: u64) -> io::Result<u64> {
         (**self).next_data(offset)
     }
@@ -140,6 +153,10 @@ impl<R: ReadAt + ?Sized> ReadAt for &R {
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         (**self).read_exact_at(buf, offset)
+    }
+
+    fn read_to(&self, buf: &mut Vec<u8>, len: usize, offset: u64) -> io::Result<()> {
+        (**self).read_to(buf, len, offset)
     }
 
     fn next_data(&self, offset: u64) -> io::Result<u64> {

@@ -463,7 +463,7 @@ fn a_client_that_talks_nonsense_is_told_so_and_left() {
         }
         if round % 2 == 0 {
             // A whole header of some type, so that the body is what is nonsense.
-            bytes[16..24].copy_from_slice(&[40, 0, 0, 0, 1 + round / 2 % 21, 0, 0, 0]);
+            bytes[16..24].copy_from_slice(&[40, 0, 0, 0, 1 + round / 2 % 31, 0, 0, 0]);
         }
         if round % 5 == 0 {
             bytes[3] ^= 1;

@@ -24,7 +24,7 @@ test_packages=(
     gdb binutils python3-venv # those of ELF cores; Volatility comes from PyPI
     libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
 )
-bench_packages=(openssl) # a digest to be held against
+bench_packages=(openssl rsync) # a digest, and a copy, to be held against
 libvirt_packages=(libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu)
 # Their own dependencies of the same version: apt would look for them in bookworm.
 libvirt_more_packages=(libvirt0 libvirt-common libvirt-daemon-common libvirt-daemon-log)

@@ -93,7 +93,7 @@ fn the_spec_names_the_frames_of_the_code() {
     }
     let rows = text.lines().filter(|line| line.contains("` | ")).count();
     assert_eq!(rows, FrameType::ALL.len());
-    assert!(text.contains(&MAX_BODY_LEN.to_string().replace("1048576", "1,048,576")));
+    assert!(text.contains(&MAX_BODY_LEN.to_string().replace("4194304", "4,194,304")));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use clap::Args;
 use super::ui::Ui;
 use super::{About, Outcome};
 use crate::store::Location;
-use crate::transfer::{self, CopyReport, CopyRequest};
+use crate::transfer::{self, CopyParent, CopyReport, CopyRequest};
 use crate::units::human_bytes;
 
 /// Copy an image, here or to and from another host
@@ -21,7 +21,7 @@ pub struct CopyArgs {
     /// The image; - reads standard input
     source: Location,
 
-    /// The copy
+    /// The copy; in a directory it gets the image's name
     target: Location,
 
     /// Replace TARGET if it exists
@@ -31,12 +31,24 @@ pub struct CopyArgs {
     /// Bytes a second at most, with K, M or G for multiples of 1024
     #[arg(long, value_name = "RATE", value_parser = rate)]
     bwlimit: Option<u64>,
+
+    /// An image of an earlier save of the guest, where the copy shall be: what that has does not come over
+    ///
+    /// A path on the host of TARGET, for another host relative to TARGET's directory, or a location there. Without this the
+    /// best one is taken that lies beside TARGET (*.stow, or what is replaced) and is of the same guest.
+    #[arg(long, value_name = "IMAGE", conflicts_with = "no_parent")]
+    parent: Option<Location>,
+
+    /// Use no image of an earlier save
+    #[arg(long)]
+    no_parent: bool,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   vmstow copy web01.stow ssh://backup/srv/images/web01.stow
   vmstow copy ssh://root@host2:2222/~/web01.stow web01.stow --bwlimit 20M
+  vmstow copy web01.stow ssh://backup/srv/images/tuesday.stow --parent monday.stow
 
 Environment:
   VMSTOW_SSH             the command that is used for ssh, with its options
@@ -65,6 +77,11 @@ pub fn run(args: &CopyArgs, ui: &Ui) -> Outcome {
         target: args.target.clone(),
         may_replace: args.replace,
         bytes_per_second: args.bwlimit,
+        parent: match (&args.parent, args.no_parent) {
+            (Some(parent), _) => CopyParent::Named(parent.clone()),
+            (None, true) => CopyParent::None,
+            (None, false) => CopyParent::Found,
+        },
     };
     let report = transfer::copy(&request, ui).about(&args.source)?;
     ui.answer(&report, human)?;
@@ -76,8 +93,18 @@ fn human(report: &CopyReport) -> String {
         0 => String::new(),
         bytes => format!(", {} were there already", human_bytes(bytes)),
     };
+    let parent = report.parent.as_deref().unwrap_or_default();
+    let made = match report.from_parent_bytes {
+        0 => String::new(),
+        bytes => format!(
+            ", {} were made with {}; {} crossed the connection",
+            human_bytes(bytes),
+            parent.escape_debug(),
+            human_bytes(report.crossed_bytes)
+        ),
+    };
     format!(
-        "copied {} to {}: {} in {:.1} s{kept}\n",
+        "copied {} to {}: {} in {:.1} s{kept}{made}\n",
         report.source,
         report.target,
         human_bytes(report.fetched_bytes),

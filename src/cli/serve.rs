@@ -14,7 +14,7 @@ use super::{Outcome, check_far, this_program};
 use crate::error::Result;
 use crate::relocate::{MoveError, Reception};
 use crate::restore::{Invocation, LazyRequest, RestoreRequest};
-use crate::store::remote::{Asker, Frame, FrameType, FromClient, Peer};
+use crate::store::remote::{Asker, Frame, FrameType, FromClient, Peer, widen};
 use crate::store::{Location, StoreError};
 use crate::transfer::{self, Orders};
 
@@ -37,6 +37,8 @@ pub fn run(_args: &ServeArgs) -> Outcome {
     let input = std::io::stdin().as_fd().try_clone_to_owned();
     let output = std::io::stdout().as_fd().try_clone_to_owned();
     let (input, output) = (input.map_err(failed)?, output.map_err(failed)?);
+    widen(&input);
+    widen(&output);
     let name = "the other side".to_owned();
     let input = FromClient(File::from(input));
     let peer = Peer::greet(name, input, File::from(output), None)?;

@@ -17,7 +17,7 @@ use crate::progress::Progress;
 use crate::save::{HandOver, SaveError};
 use crate::store::remote::RemoteError;
 use crate::store::{AnyFile, FileSink, Location};
-use crate::transfer::{self, CopyRequest};
+use crate::transfer::{self, CopyParent, CopyRequest};
 
 /// How often a connection that was lost is made again: the guest stands still meanwhile.
 const TRIES: u32 = 3;
@@ -162,6 +162,7 @@ impl<'a> Departing<'a> {
             target: Location::Ssh(self.host.file(&self.place)),
             may_replace: self.request.may_replace,
             bytes_per_second: self.request.bytes_per_second,
+            parent: CopyParent::Found,
         };
         transfer::send(image, &request, TRIES, self.progress)?;
         let order = RestoreOrder {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use super::remote::RemoteFile;
+use super::remote::{Asker, RemoteFile};
 use super::{FileSource, Location, StoreError};
 use crate::bytes::ReadAt;
 use crate::error::{Error, Result};
@@ -13,11 +13,20 @@ use crate::error::{Error, Result};
 pub trait FarFile: ReadAt + fmt::Debug {
     /// Why nothing can be read any more, if so: a connection that ended, an object that was replaced.
     fn failure(&self) -> Option<Error>;
+
+    /// Whom else can be asked about it, if another program like this one reads it for us.
+    fn asker(&self) -> Option<&Arc<Asker>> {
+        None
+    }
 }
 
 impl FarFile for RemoteFile {
     fn failure(&self) -> Option<Error> {
-        self.asker().failure().map(Error::from)
+        RemoteFile::asker(self).failure().map(Error::from)
+    }
+
+    fn asker(&self) -> Option<&Arc<Asker>> {
+        Some(RemoteFile::asker(self))
     }
 }
 
@@ -56,6 +65,14 @@ impl AnyFile {
         match self {
             AnyFile::File(file) => Some(file),
             AnyFile::Far(_) => None,
+        }
+    }
+
+    /// As [`FarFile::asker`].
+    pub fn asker(&self) -> Option<&Arc<Asker>> {
+        match self {
+            AnyFile::File(_) => None,
+            AnyFile::Far(file) => file.asker(),
         }
     }
 
@@ -100,6 +117,13 @@ impl ReadAt for AnyFile {
         match self {
             AnyFile::File(file) => file.read_exact_at(buf, offset),
             AnyFile::Far(file) => file.read_exact_at(buf, offset),
+        }
+    }
+
+    fn read_to(&self, buf: &mut Vec<u8>, len: usize, offset: u64) -> io::Result<()> {
+        match self {
+            AnyFile::File(file) => file.read_to(buf, len, offset),
+            AnyFile::Far(file) => file.read_to(buf, len, offset),
         }
     }
 

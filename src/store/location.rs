@@ -119,12 +119,11 @@ fn parse_ssh(text: &str) -> Option<SshLocation> {
     // ssh would take such words for options.
     let may_stand = |word: &str| is_word(word) && !word.starts_with('-');
     let path = match path.strip_prefix("~/") {
+        Some("") => ".".to_owned(),
         Some(in_home) => in_home.to_owned(),
         None => format!("/{path}"),
     };
-    let is_clear = may_stand(host)
-        && user.as_deref().is_none_or(may_stand)
-        && !(path.is_empty() || path.ends_with('/') || path.contains('\0'));
+    let is_clear = may_stand(host) && user.as_deref().is_none_or(may_stand) && !path.contains('\0');
     is_clear.then(|| SshLocation {
         user,
         host: host.to_owned(),
@@ -256,6 +255,8 @@ mod tests {
             ("ssh://a/x.stow", None, "a", None, "/x.stow"),
             ("ssh://me@a:22/v/x y", Some("me"), "a", Some(22), "/v/x y"),
             ("ssh://[fe80::1]:2222/~/x", None, "fe80::1", Some(2222), "x"),
+            ("ssh://a/dir/", None, "a", None, "/dir/"),
+            ("ssh://a/", None, "a", None, "/"),
         ] {
             let location: Location = text.parse().unwrap();
             let expected = SshLocation {
@@ -289,8 +290,6 @@ mod tests {
             "ssh://-oProxyCommand=x/y",
             "ssh://-l@host/y",
             "ssh://host",
-            "ssh://host/",
-            "ssh://host/dir/",
             "ssh:///x",
             "ssh://host:0/x",
             "ssh://host:ssh/x",

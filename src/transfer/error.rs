@@ -1,9 +1,10 @@
 //! What can go wrong with a transfer itself.
 
 use std::io;
+use std::path::PathBuf;
 
 use crate::bytes::PublishError;
-use crate::error::{Blame, ErrorKind};
+use crate::error::{Blame, Error, ErrorKind};
 
 /// What can go wrong with a transfer itself.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +27,20 @@ pub enum TransferError {
         /// What is not.
         what: String,
     },
+    /// The image of an earlier save that was named cannot be used.
+    #[error("{} cannot help as the image of an earlier save", path.display())]
+    Parent {
+        /// Its name.
+        path: PathBuf,
+        /// Why.
+        why: Error,
+    },
+    /// The image of an earlier save has to be where the copy shall be.
+    #[error("{there} is not on the host of the copy")]
+    ParentElsewhere {
+        /// Its name.
+        there: String,
+    },
     /// The finished image could not be made durable.
     #[error("the copy could not be written to the disk")]
     Sync(#[source] io::Error),
@@ -37,11 +52,24 @@ pub enum TransferError {
 impl Blame for TransferError {
     fn kind(&self) -> ErrorKind {
         match self {
-            TransferError::NoName | TransferError::Order { .. } => ErrorKind::Usage,
+            TransferError::NoName
+            | TransferError::Order { .. }
+            | TransferError::ParentElsewhere { .. } => ErrorKind::Usage,
+            TransferError::Parent { why, .. } => why.kind(),
             TransferError::OtherImage { .. } => ErrorKind::Remote,
             TransferError::Changed | TransferError::Sync(_) | TransferError::Publish(_) => {
                 ErrorKind::Failed
             }
+        }
+    }
+
+    fn facts(&self) -> Vec<String> {
+        match self {
+            TransferError::Parent { why, .. } => {
+                let causes = why.causes().map(ToString::to_string);
+                std::iter::once(why.to_string()).chain(causes).collect()
+            }
+            _ => Vec::new(),
         }
     }
 }

@@ -8,14 +8,18 @@
 //! interrupted copy goes on where it stopped, and neither side has to believe the other. `spec/transfer.md` is the protocol.
 
 mod error;
+mod parent;
+mod place;
 mod receive;
 mod serve;
 
 pub use error::TransferError;
+pub use parent::ParentChoice;
 pub use receive::{CopyReport, ReceiveRequest, receive};
 pub use serve::{Orders, Teller, serve};
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,9 +27,9 @@ use crate::bytes::ReadAt;
 use crate::container::Image;
 use crate::error::{Error, Result};
 use crate::image;
-use crate::pipeline::PipelineError;
+use crate::pipeline::{PipelineError, Replier};
 use crate::progress::Progress;
-use crate::store::remote::{FrameType, Peer, RemoteError};
+use crate::store::remote::{Asker, FrameType, Peer, RemoteError};
 use crate::store::{AnyFile, FileSource, Location, SshLocation, open_far, spool};
 
 /// How often a connection that was lost is made again.
@@ -42,6 +46,21 @@ pub struct CopyRequest {
     pub may_replace: bool,
     /// Stored bytes a second, at most.
     pub bytes_per_second: Option<u64>,
+    /// Which image of an earlier save helps: one on the host of the target.
+    pub parent: CopyParent,
+}
+
+/// Which image of an earlier save helps with a copy.
+#[derive(Debug, Clone, Default)]
+pub enum CopyParent {
+    /// The best that lies beside the target, if there is one.
+    #[default]
+    Found,
+    /// This one. A path is one on the host of the target; for a target on another host a relative one starts in the target's
+    /// directory.
+    Named(Location),
+    /// None.
+    None,
 }
 
 /// Copies an image. What was copied stays in `TARGET.part` if it fails, and the next copy goes on with it; a connection
@@ -139,24 +158,74 @@ fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyRepor
     let source = open(&request.source)?;
     let outcome = match &request.target {
         Location::Pipe => Err(TransferError::NoName.into()),
-        Location::Path(path) => {
-            let request = ReceiveRequest {
-                target: path.clone(),
-                may_replace: request.may_replace,
-                bytes_per_second: request.bytes_per_second,
-                is_far: source.local().is_none(),
-            };
-            receive(&source, &request, progress)
-        }
+        Location::Path(path) => take(&source, path, request, progress),
         Location::Ssh(there) => give(&source, there, request, progress),
         other => Err(other.refused().into()),
     };
     let report = outcome.map_err(|error| source.failure().unwrap_or(error))?;
     Ok(CopyReport {
         source: request.source.to_string(),
-        target: request.target.to_string(),
         ..report
     })
+}
+
+/// Makes a copy here.
+fn take(
+    source: &AnyFile,
+    path: &Path,
+    request: &CopyRequest,
+    progress: &dyn Progress,
+) -> Result<CopyReport> {
+    let asker = source.asker();
+    let is_far = source.local().is_none();
+    let receive_request = ReceiveRequest {
+        target: place::place(path, place::name_of(&request.source).as_deref())?,
+        may_replace: request.may_replace,
+        bytes_per_second: request.bytes_per_second,
+        is_far,
+        parent: match &request.parent {
+            // A file that is near is read as quickly as another one.
+            CopyParent::Found if !is_far => ParentChoice::None,
+            CopyParent::Found => ParentChoice::Found,
+            CopyParent::Named(Location::Path(path)) => ParentChoice::Named(path.clone()),
+            CopyParent::Named(elsewhere) => {
+                let there = elsewhere.to_string();
+                return Err(TransferError::ParentElsewhere { there }.into());
+            }
+            CopyParent::None => ParentChoice::None,
+        },
+    };
+    let Some(asker) = asker else {
+        return receive(source, None, &receive_request, progress);
+    };
+    let compare = |question: &[u8]| compare(asker, question);
+    let report = receive(source, Some(&compare), &receive_request, progress)?;
+    Ok(CopyReport {
+        crossed_bytes: asker.peer().crossed_bytes(),
+        ..report
+    })
+}
+
+/// Has a guess compared by the other side; `None` if it does not do that.
+fn compare(asker: &Asker, question: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    match asker.ask(FrameType::Compare, question, FrameType::Compared) {
+        Ok(reply) => Ok(Some(reply)),
+        Err(RemoteError::Refused { .. }) => Ok(None),
+        Err(error) => Err(io::Error::other(error)),
+    }
+}
+
+/// What compares guesses with an image for the other side; it is opened when the first one comes.
+fn comparer<R: ReadAt>(source: R) -> impl FnMut(&[u8]) -> std::result::Result<Vec<u8>, String> {
+    let mut source = Some(source);
+    let mut replier: Option<Replier<R>> = None;
+    move |question| {
+        if let Some(source) = source.take() {
+            replier = Replier::open(source).ok();
+        }
+        let replier = replier.as_mut().ok_or("it is no image")?;
+        replier.reply(question).map_err(|error| error.to_string())
+    }
 }
 
 /// Has the program on another host make a copy, and lets it read the image.
@@ -181,17 +250,32 @@ fn give(
         }
         !progress.is_cancelled()
     };
-    let report = peer.give(source, FrameType::Receive, &order, &mut tell);
+    let report = peer.give_compared(
+        source,
+        &mut comparer(source),
+        FrameType::Receive,
+        &order,
+        &mut tell,
+    );
     progress.end();
     let report = report?.ok_or(PipelineError::Cancelled)?;
     let other = || TransferError::OtherImage {
         peer: peer.name().to_owned(),
     };
     let report: CopyReport = serde_json::from_slice(&report).map_err(|_| other())?;
-    match report.image_digest == offered.image_digest().to_string() {
-        true => Ok(report),
-        false => Err(other().into()),
+    if report.image_digest != offered.image_digest().to_string() {
+        return Err(other().into());
     }
+    Ok(CopyReport {
+        target: place::told(
+            there,
+            place::name_of(&request.source).as_deref(),
+            &report.target,
+        )
+        .to_string(),
+        crossed_bytes: peer.crossed_bytes(),
+        ..report
+    })
 }
 
 /// The image that is copied. What is none is told by the words of whoever opens images.

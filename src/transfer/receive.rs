@@ -6,10 +6,11 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::TransferError;
+use super::parent::{Parent, ParentChoice};
 use crate::bytes::{ReadAt, WriteAt};
 use crate::container::{ContainerError, Image};
 use crate::error::Result;
-use crate::pipeline::{self, Arrival, ChunkTable};
+use crate::pipeline::{self, Arrival, ChunkTable, Compare, Earlier, Help};
 use crate::progress::Progress;
 use crate::store::{FileSource, PartFile};
 use crate::units::{ChunkIndex, FileOffset};
@@ -17,8 +18,8 @@ use crate::units::{ChunkIndex, FileOffset};
 /// Bytes that are copied at a time where they are no chunks.
 const PIECE: u64 = 1 << 20;
 
-/// Requests on their way where the image is far.
-const FAR_THREADS: usize = 8;
+/// Requests on their way where the image is far: 2 MiB each, four times what ssh has on its way at a time.
+const FAR_THREADS: usize = 4;
 
 /// What is to be received.
 #[derive(Debug, Clone)]
@@ -31,6 +32,8 @@ pub struct ReceiveRequest {
     pub bytes_per_second: Option<u64>,
     /// Whether a request for bytes takes long: then several are on their way at a time.
     pub is_far: bool,
+    /// Which image of an earlier save helps.
+    pub parent: ParentChoice,
 }
 
 /// What was copied.
@@ -46,21 +49,31 @@ pub struct CopyReport {
     pub image_digest: String,
     /// Bytes of the file, holes included.
     pub file_bytes: u64,
-    /// Stored bytes of chunks that came over now.
+    /// Stored bytes of chunks that came over now as they are.
     pub fetched_bytes: u64,
     /// Stored bytes of chunks that were there already, from a copy that was interrupted.
     pub kept_bytes: u64,
+    /// Stored bytes of chunks that were made of an image of an earlier save, wholly or mostly.
+    #[serde(default)]
+    pub from_parent_bytes: u64,
+    /// Bytes that went over the connection, both ways.
+    #[serde(default)]
+    pub crossed_bytes: u64,
+    /// The image of an earlier save that helped.
+    #[serde(default)]
+    pub parent: Option<String>,
     /// How long it took.
     pub seconds: f64,
 }
 
-/// Receives the image that `source` holds.
+/// Receives the image that `source` holds. `compare` is whoever compares guesses with it, if somebody does.
 ///
 /// # Errors
 /// What is wrong with the image or one of its chunks, what the file system says, [`TransferError`]. What is right already stays in
 /// `TARGET.part`.
 pub fn receive<S: ReadAt>(
     source: &S,
+    compare: Option<&Compare<'_>>,
     request: &ReceiveRequest,
     progress: &dyn Progress,
 ) -> Result<CopyReport> {
@@ -86,6 +99,18 @@ pub fn receive<S: ReadAt>(
         missing += u64::from(table.entry(*chunk)?.stored_len);
     }
     part.check_room(missing)?;
+    let parent = match lacking.is_empty() {
+        true => None,
+        false => Parent::choose(&request.parent, &image, &request.target)?,
+    };
+    let earlier = match &parent {
+        Some(parent) => open_earlier(parent, &request.parent)?,
+        None => None,
+    };
+    let map = match &earlier {
+        Some(_) if compare.is_some() => image.page_map()?,
+        _ => None,
+    };
     progress.begin("copying", Some(all_bytes));
     progress.advance(all_bytes - missing);
     let arrival = Arrival {
@@ -95,8 +120,13 @@ pub fn receive<S: ReadAt>(
             false => threads,
         },
         bytes_per_second: request.bytes_per_second,
+        help: earlier.as_ref().map(|earlier| Help {
+            earlier,
+            map: map.as_ref(),
+            compare,
+        }),
     };
-    pipeline::arrive(&arrival, &table, &lacking, &part, progress)?;
+    let arrived = pipeline::arrive(&arrival, &table, &lacking, &part, progress)?;
     progress.end();
     part.sync().map_err(TransferError::Sync)?;
     let report = CopyReport {
@@ -105,12 +135,33 @@ pub fn receive<S: ReadAt>(
         image_uuid: image.identity().image_uuid,
         image_digest: image.image_digest().to_string(),
         file_bytes: image.len(),
-        fetched_bytes: missing,
+        fetched_bytes: arrived.fetched_bytes,
         kept_bytes: all_bytes - missing,
+        from_parent_bytes: arrived.from_parent_bytes,
+        crossed_bytes: 0,
+        parent: parent
+            .as_ref()
+            .filter(|_| earlier.is_some())
+            .map(|parent| parent.path.display().to_string()),
         seconds: begin.elapsed().as_secs_f64(),
     };
     part.publish().map_err(TransferError::Publish)?;
     Ok(report)
+}
+
+/// What is asked of the parent. One that was only found, and is damaged, does not matter.
+fn open_earlier<'a>(
+    parent: &'a Parent,
+    choice: &ParentChoice,
+) -> Result<Option<Earlier<'a, FileSource>>, TransferError> {
+    match (Earlier::open(&parent.image), choice) {
+        (Ok(earlier), _) => Ok(Some(earlier)),
+        (Err(error), ParentChoice::Named(path)) => Err(TransferError::Parent {
+            path: path.clone(),
+            why: error.into(),
+        }),
+        (Err(_), _) => Ok(None),
+    }
 }
 
 /// The image in the part file, if all of it but the chunks is there already and is that of the one offered.

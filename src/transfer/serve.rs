@@ -8,14 +8,18 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{CopyReport, CopyRequest, ReceiveRequest, TransferError, receive};
+use super::{
+    CopyParent, CopyReport, CopyRequest, ParentChoice, ReceiveRequest, TransferError, place,
+    receive,
+};
 use crate::bytes::ReadAt;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::remote::{
-    Asker, Frame, FrameType, Giver, MAX_TEXT_LEN, Peer, RemoteError, RemoteFile,
+    Asker, Comparer, Frame, FrameType, Giver, MAX_TEXT_LEN, Peer, RemoteError, RemoteFile,
+    answer_compare,
 };
-use crate::store::{FileSource, SshLocation};
+use crate::store::{FileSource, Location, SshLocation};
 
 /// How often the other side hears how far it is.
 const TELL_EVERY: Duration = Duration::from_millis(100);
@@ -27,6 +31,15 @@ struct Order {
     length: u64,
     replace: bool,
     bytes_per_second: Option<u64>,
+    /// What the copy is called in a directory.
+    #[serde(default)]
+    name: Option<String>,
+    /// An image of an earlier save.
+    #[serde(default)]
+    parent: Option<String>,
+    /// Whether to look for one.
+    #[serde(default)]
+    finds_parent: bool,
 }
 
 /// The order to copy `length` bytes to `there`.
@@ -39,13 +52,49 @@ pub fn order_to_receive(
         .path
         .to_str()
         .ok_or_else(|| unclear("a path that is not UTF-8"))?;
+    let name = place::name_of(&request.source);
     let order = Order {
+        name: name.and_then(|name| name.into_string().ok()),
+        parent: match &request.parent {
+            CopyParent::Named(parent) => Some(parent_there(parent, there)?),
+            CopyParent::Found | CopyParent::None => None,
+        },
+        finds_parent: matches!(request.parent, CopyParent::Found),
         path: path.to_owned(),
         length,
         replace: request.may_replace,
         bytes_per_second: request.bytes_per_second,
     };
     serde_json::to_vec(&order).map_err(|error| unclear(&error.to_string()).into())
+}
+
+/// How the other side is told which image of an earlier save is meant.
+fn parent_there(parent: &Location, there: &SshLocation) -> Result<String> {
+    let elsewhere = || TransferError::ParentElsewhere {
+        there: parent.to_string(),
+    };
+    let host = |it: &SshLocation| (it.user.clone(), it.host.clone(), it.port);
+    let text = match parent {
+        Location::Path(path) => path.to_str().map(str::to_owned),
+        Location::Ssh(parent) if host(parent) == host(there) => {
+            let start = if parent.path.is_absolute() { "" } else { "~/" };
+            parent.path.to_str().map(|path| format!("{start}{path}"))
+        }
+        _ => return Err(elsewhere().into()),
+    };
+    text.ok_or_else(|| unclear("a path that is not UTF-8").into())
+}
+
+/// Which image of an earlier save an order means, for a copy at `target`.
+fn parent_here(order: &Order, target: &Path) -> ParentChoice {
+    match &order.parent {
+        Some(parent) => ParentChoice::Named(match parent.strip_prefix("~/") {
+            Some(in_home) => PathBuf::from(in_home),
+            None => target.parent().unwrap_or(Path::new("")).join(parent),
+        }),
+        None if order.finds_parent => ParentChoice::Found,
+        None => ParentChoice::None,
+    }
 }
 
 fn unclear(what: &str) -> TransferError {
@@ -70,7 +119,8 @@ pub trait Orders {
 /// [`RemoteError::BrokenRule`]; a connection that just ends is none.
 pub fn serve(peer: Peer, orders: &dyn Orders) -> Result<()> {
     let peer = Arc::new(peer);
-    let mut file: Option<FileSource> = None;
+    let mut file: Option<Arc<FileSource>> = None;
+    let mut comparer: Option<Box<Comparer<'_>>> = None;
     let mut giver = Giver::default();
     loop {
         let frame = match peer.read() {
@@ -81,11 +131,19 @@ pub fn serve(peer: Peer, orders: &dyn Orders) -> Result<()> {
         let outcome = match frame.frame_type {
             FrameType::Open => open(&frame.body).and_then(|opened| {
                 let len = opened.len();
+                let opened = Arc::new(opened);
+                comparer = Some(Box::new(super::comparer(Arc::clone(&opened))));
                 file = Some(opened);
                 Ok(peer.write(FrameType::Opened, number, &len.to_le_bytes())?)
             }),
             FrameType::Receive => make(&peer, &frame.body)
                 .and_then(|report| Ok(peer.write(FrameType::Received, number, &report)?)),
+            FrameType::Compare => {
+                let mut nothing = |_: &[u8]| Err("no file is open".to_owned());
+                let comparer = comparer.as_deref_mut().unwrap_or(&mut nothing);
+                answer_compare(&peer, &frame, comparer)?;
+                Ok(())
+            }
             FrameType::Read | FrameType::NextData => {
                 giver.answer(&peer, &frame, file.as_ref().map(|it| it as &dyn ReadAt))?;
                 Ok(())
@@ -136,14 +194,21 @@ fn make(peer: &Arc<Peer>, order: &[u8]) -> Result<Vec<u8>> {
         serde_json::from_slice(order).map_err(|error| unclear(&error.to_string()))?;
     let asker = Arc::new(Asker::new(Arc::clone(peer)));
     let source = RemoteFile::offered(Arc::clone(&asker), order.length);
+    let name = order.name.as_deref().map(Path::new);
+    if name.is_some_and(|name| name.file_name() != Some(name.as_os_str())) {
+        return Err(unclear("a name that is none").into());
+    }
+    let target = place::place(Path::new(&order.path), name.map(Path::as_os_str))?;
     let request = ReceiveRequest {
-        target: PathBuf::from(order.path),
+        parent: parent_here(&order, &target),
+        target,
         may_replace: order.replace,
         bytes_per_second: order.bytes_per_second,
         is_far: true,
     };
     let teller = Teller::new(&asker);
-    let outcome = receive(&source, &request, &teller);
+    let compare = |question: &[u8]| super::compare(&asker, question);
+    let outcome = receive(&source, Some(&compare), &request, &teller);
     let report: CopyReport = outcome.map_err(|error| asker.failure().map_or(error, Error::from))?;
     teller.tell();
     serde_json::to_vec(&report).map_err(|error| unclear(&error.to_string()).into())

@@ -16,6 +16,7 @@ mod support;
 
 mod clock;
 mod contender;
+mod copy;
 mod domain;
 mod end;
 mod first_tick;
@@ -75,6 +76,9 @@ fn compare(options: &Options) {
         let recipe = Recipe::prepare(kind, &mut dir);
         if options.wants(Work::SaveRestore) {
             rounds::run(&recipe, &dir, options.pairs, &mut results);
+        }
+        if options.wants(Work::Copy) {
+            copy::run(&recipe, &dir, options.pairs, &mut results);
         }
         if options.wants(Work::Verify) || options.wants(Work::Size) {
             let images = verify::Images::make(&recipe, &dir);

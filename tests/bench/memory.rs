@@ -54,24 +54,28 @@ pub fn run(work: &WorkDir, results: &mut Results) {
 
 /// The most bytes that a command had in memory, and what it answered. It must succeed.
 #[track_caller]
-fn peak(command: &mut Command) -> (u64, String) {
+pub fn peak(command: &mut Command) -> (u64, String) {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("vmstow can be started");
-    let path = format!("/proc/{}/status", child.id());
     let mut peak = 0;
     while child.try_wait().unwrap().is_none() {
-        let text = std::fs::read_to_string(&path).unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        peak = peak.max(kib.unwrap_or(0) << 10);
+        peak = peak.max(has_peak(child.id()));
         std::thread::sleep(Duration::from_millis(1));
     }
     let output = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?} failed: {said}");
     (peak, String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The most bytes that a process had in memory so far; none if it is gone.
+pub fn has_peak(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
 }

@@ -60,6 +60,8 @@ pub enum Work {
     Verify,
     /// How large an image is
     Size,
+    /// Copy an image through ssh, also to where an earlier save of the guest is
+    Copy,
     /// How much memory vmstow needs for guests of 1, 2 and 4 GiB
     Memory,
     /// How soon a guest of 512 MiB to 8 GiB goes on, restored lazily or mapped

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use crate::clock::Cost;
+use crate::copy;
 use crate::first_tick::TickRow;
 use crate::machine;
 use crate::rounds::{
@@ -15,7 +16,7 @@ use crate::verify::{OPENSSL, ZSTD_OPENSSL};
 /// Work, ours, theirs, and the highest ratio to be content with, if there is one.
 type Pair = (&'static str, &'static str, &'static str, Option<f64>);
 
-const PAIRS: [Pair; 17] = [
+const PAIRS: [Pair; 21] = [
     ("save", OURS_ZSTD, VIRSH_ZSTD, Some(0.4)),
     ("save", OURS_ZSTD, VIRSH_RAW, Some(0.7)),
     ("save", OURS_ZSTD, QEMU_ZSTD, Some(1.0)),
@@ -33,6 +34,10 @@ const PAIRS: [Pair; 17] = [
     ("restore", OURS_RAW, QEMU_MAPPED, None),
     ("verify", OURS_RAW, OPENSSL, Some(0.6)),
     ("verify", OURS_ZSTD, ZSTD_OPENSSL, Some(0.9)),
+    (copy::THERE, copy::OURS, copy::SCP, Some(1.1)),
+    (copy::BACK, copy::OURS, copy::SCP, Some(1.1)),
+    (copy::ONE_IN_TEN, copy::OURS, copy::RSYNC, Some(0.6)),
+    (copy::ONE_IN_A_HUNDRED, copy::OURS, copy::RSYNC, None),
 ];
 const SIZE_TARGET: f64 = 1.06;
 const MEMORY_TARGET: u64 = 128 << 20;
@@ -76,6 +81,7 @@ pub struct Results {
     sizes: Vec<SizeRow>,
     memory: Vec<MemoryRow>,
     ticks: Vec<TickRow>,
+    notes: Vec<String>,
 }
 
 impl Results {
@@ -87,6 +93,7 @@ impl Results {
             sizes: Vec::new(),
             memory: Vec::new(),
             ticks: Vec::new(),
+            notes: Vec::new(),
         }
     }
 
@@ -104,6 +111,18 @@ impl Results {
 
     pub fn add_ticks(&mut self, row: TickRow) {
         self.ticks.push(row);
+    }
+
+    pub fn add_note(&mut self, note: String) {
+        self.notes.push(note);
+    }
+
+    /// The bytes of a work as a contender did it last.
+    pub fn bytes_of(&self, guest: &str, work: &str, contender: &str) -> u64 {
+        let mut samples = self.samples.iter().rev();
+        let found = samples
+            .find(|it| (it.guest.as_str(), it.work, it.contender) == (guest, work, contender));
+        found.map_or(0, |sample| sample.bytes)
     }
 
     pub fn markdown(&self) -> String {
@@ -136,6 +155,9 @@ impl Results {
                 "| {} | {} | {} | {ratio:.3} | {verdict} | {} | {ratio_1:.3} |",
                 row.guest, row.ours, row.zstd_3, row.zstd_1
             );
+        }
+        for note in &self.notes {
+            let _ = writeln!(text, "\n{note}");
         }
         if !self.memory.is_empty() {
             text += "\n| guest, layout | peak memory of save, MiB | verify | restore | target |\n|---|---|---|---|---|\n";
@@ -251,6 +273,7 @@ impl Results {
             "samples": samples.collect::<Vec<_>>(),
             "sizes": sizes.collect::<Vec<_>>(),
             "peak_memory": memory.collect::<Vec<_>>(),
+            "notes": self.notes,
             "first_ticks": ticks.collect::<Vec<_>>(),
         })
     }

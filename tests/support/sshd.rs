@@ -77,7 +77,7 @@ impl OtherHost {
         format!(
             "HostKey {dir}/host_key\nAuthorizedKeysFile {dir}/authorized_keys\nStrictModes no\nUsePAM no\nPidFile none\n\
              PermitRootLogin prohibit-password\nPasswordAuthentication no\nLogLevel ERROR\n\
-             SetEnv VMSTOW_RUNTIME_DIR={dir}/run XDG_RUNTIME_DIR={dir}/run XDG_STATE_HOME={dir}/state \
+             Subsystem sftp internal-sftp\nSetEnv VMSTOW_RUNTIME_DIR={dir}/run XDG_RUNTIME_DIR={dir}/run XDG_STATE_HOME={dir}/state \
              XDG_CACHE_HOME={dir}/cache XDG_CONFIG_HOME={dir}/config VMSTOW_SYSTEM_CONFIG={dir}/config/system.toml\n"
         )
     }

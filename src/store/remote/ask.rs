@@ -223,18 +223,26 @@ impl RemoteFile {
         &self.asker
     }
 
-    fn read_piece(&self, piece: &mut [u8], offset: u64) -> Result<(), RemoteError> {
+    /// At most [`MAX_BODY_LEN`] bytes.
+    fn read_piece(&self, len: usize, offset: u64) -> Result<Vec<u8>, RemoteError> {
         let mut body = [0; 12];
-        let len = u32::try_from(piece.len()).unwrap_or(MAX_BODY_LEN);
+        let wanted = u32::try_from(len).unwrap_or(MAX_BODY_LEN);
         body[..8].copy_from_slice(&offset.to_le_bytes());
-        body[8..].copy_from_slice(&len.to_le_bytes());
+        body[8..].copy_from_slice(&wanted.to_le_bytes());
         let data = self.asker.ask(FrameType::Read, &body, FrameType::Data)?;
-        if data.len() != piece.len() {
+        if data.len() != len {
             let error = self.asker.peer.broke("fewer or more bytes than asked for");
             return Err(self.asker.fail(error));
         }
-        piece.copy_from_slice(&data);
-        Ok(())
+        Ok(data)
+    }
+
+    fn check_range(&self, len: usize, offset: u64) -> io::Result<()> {
+        let end = offset.checked_add(len as u64);
+        match end.is_some_and(|end| end <= self.len) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 }
 
@@ -244,14 +252,24 @@ impl ReadAt for RemoteFile {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let end = offset.checked_add(buf.len() as u64);
-        if end.is_none_or(|end| end > self.len) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
+        self.check_range(buf.len(), offset)?;
         let pieces = buf.chunks_mut(MAX_BODY_LEN as usize);
         for (piece, at) in pieces.zip((offset..).step_by(MAX_BODY_LEN as usize)) {
-            self.read_piece(piece, at).map_err(io::Error::other)?;
+            let data = self.read_piece(piece.len(), at).map_err(io::Error::other)?;
+            piece.copy_from_slice(&data);
+            self.asker.peer.give_back(data);
         }
+        Ok(())
+    }
+
+    fn read_to(&self, buf: &mut Vec<u8>, len: usize, offset: u64) -> io::Result<()> {
+        if len > MAX_BODY_LEN as usize {
+            buf.resize(len, 0);
+            return self.read_exact_at(buf, offset);
+        }
+        self.check_range(len, offset)?;
+        let data = self.read_piece(len, offset).map_err(io::Error::other)?;
+        self.asker.peer.give_back(std::mem::replace(buf, data));
         Ok(())
     }
 

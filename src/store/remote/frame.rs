@@ -2,7 +2,7 @@
 //!
 //! Source: spec/transfer.md §1 and §2.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 
 /// What both sides send first.
 pub const GREETING: [u8; 8] = *b"\x89VMSTOW\n";
@@ -11,7 +11,7 @@ pub const GREETING: [u8; 8] = *b"\x89VMSTOW\n";
 pub const VERSION: u32 = 1;
 
 /// The largest body, and the most bytes that one [`FrameType::Read`] asks for.
-pub const MAX_BODY_LEN: u32 = 1 << 20;
+pub const MAX_BODY_LEN: u32 = 4 << 20;
 
 /// The longest order, report, or text of a failure.
 pub const MAX_TEXT_LEN: usize = 64 << 10;
@@ -19,7 +19,8 @@ pub const MAX_TEXT_LEN: usize = 64 << 10;
 /// The most requests that wait for an answer.
 pub const MAX_REQUESTS: usize = 64;
 
-const HEADER_LEN: usize = 16;
+/// Bytes of a frame before its body.
+pub const HEADER_LEN: usize = 16;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +50,8 @@ pub enum FrameType {
     Prepare = 11,
     /// The move is over.
     End = 12,
+    /// Asks how far a guess is right.
+    Compare = 13,
     /// The file is open.
     Opened = 16,
     /// Bytes.
@@ -73,11 +76,13 @@ pub enum FrameType {
     Ended = 26,
     /// The sender is there.
     Alive = 32,
+    /// How far it is, and what is right.
+    Compared = 28,
 }
 
 impl FrameType {
     /// All of them.
-    pub const ALL: [FrameType; 24] = [
+    pub const ALL: [FrameType; 26] = [
         FrameType::Open,
         FrameType::Read,
         FrameType::NextData,
@@ -90,6 +95,7 @@ impl FrameType {
         FrameType::Settle,
         FrameType::Prepare,
         FrameType::End,
+        FrameType::Compare,
         FrameType::Opened,
         FrameType::Data,
         FrameType::Place,
@@ -102,6 +108,7 @@ impl FrameType {
         FrameType::Prepared,
         FrameType::Ended,
         FrameType::Alive,
+        FrameType::Compared,
     ];
 
     /// Whether the client says it on its own account: it is no answer.
@@ -152,11 +159,15 @@ impl From<io::Error> for FrameError {
     }
 }
 
-/// Reads the next frame. Nothing is allocated for a body beyond what is allowed, nor before it arrives.
+/// Reads the next frame. Its body is a buffer that `buffer` gives, made as long as it has to be; nothing is allocated beyond what
+/// is allowed, nor before the header arrives.
 ///
 /// # Errors
 /// [`FrameError`]; `UnexpectedEof` where the pipe ends.
-pub fn read_frame(input: &mut dyn Read) -> Result<Frame, FrameError> {
+pub fn read_frame(
+    input: &mut dyn Read,
+    buffer: &mut dyn FnMut() -> Vec<u8>,
+) -> Result<Frame, FrameError> {
     let mut header = [0; HEADER_LEN];
     input.read_exact(&mut header)?;
     let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
@@ -170,11 +181,9 @@ pub fn read_frame(input: &mut dyn Read) -> Result<Frame, FrameError> {
     if header[5..8] != [0; 3] {
         return Err(FrameError::Rule("a frame whose zeros are not"));
     }
-    let mut body = Vec::with_capacity(len as usize);
-    input.take(len.into()).read_to_end(&mut body)?;
-    if body.len() != len as usize {
-        return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()));
-    }
+    let mut body = buffer();
+    body.resize(len as usize, 0);
+    input.read_exact(&mut body)?;
     let mut number = [0; 8];
     number.copy_from_slice(&header[8..]);
     Ok(Frame {
@@ -199,9 +208,24 @@ pub fn write_frame(
     header[..4].copy_from_slice(&len.to_le_bytes());
     header[4] = frame_type.number();
     header[8..].copy_from_slice(&number.to_le_bytes());
-    output.write_all(&header)?;
-    output.write_all(body)?;
+    write_both(output, &header, body)?;
     output.flush()
+}
+
+/// Writes two pieces with one call where that is possible: whoever reads them is woken once.
+fn write_both(output: &mut dyn Write, first: &[u8], second: &[u8]) -> io::Result<()> {
+    let both = [IoSlice::new(first), IoSlice::new(second)];
+    let written = match output.write_vectored(&both) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+        other => other?,
+    };
+    match written.checked_sub(first.len()) {
+        Some(of_second) => output.write_all(&second[of_second..]),
+        None => {
+            output.write_all(&first[written..])?;
+            output.write_all(second)
+        }
+    }
 }
 
 /// Our greeting.
@@ -238,13 +262,13 @@ mod tests {
             let mut bytes = Vec::new();
             let frame_type = FrameType::ALL[which];
             write_frame(&mut bytes, frame_type, number, &body).unwrap();
-            let frame = read_frame(&mut bytes.as_slice()).unwrap();
+            let frame = read_frame(&mut bytes.as_slice(), &mut Vec::new).unwrap();
             prop_assert_eq!(frame, Frame { frame_type, number, body });
         }
 
         #[test]
         fn any_bytes_are_a_frame_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
-            let _ = read_frame(&mut bytes.as_slice());
+            let _ = read_frame(&mut bytes.as_slice(), &mut Vec::new);
         }
     }
 
@@ -254,7 +278,7 @@ mod tests {
         header[..4].copy_from_slice(&(MAX_BODY_LEN + 1).to_le_bytes());
         header[4] = FrameType::Data.number();
         assert!(matches!(
-            read_frame(&mut header.as_slice()),
+            read_frame(&mut header.as_slice(), &mut Vec::new),
             Err(FrameError::Rule("a frame that is too long"))
         ));
     }

@@ -14,6 +14,10 @@ pub enum Answer {
     Received(Vec<u8>),
 }
 
+/// Understands the file that is given: the reply to the question in a frame of type [`FrameType::Compare`], or why there is
+/// none.
+pub type Comparer<'a> = dyn FnMut(&[u8]) -> Result<Vec<u8>, String> + 'a;
+
 /// Answers [`FrameType::Read`] and [`FrameType::NextData`]; its buffer is used again and again.
 #[derive(Debug, Default)]
 pub struct Giver {
@@ -67,6 +71,24 @@ impl Giver {
         self.buffer.clear();
         self.buffer.extend_from_slice(&place.to_le_bytes());
         Ok(FrameType::Place)
+    }
+}
+
+/// Answers a frame of type [`FrameType::Compare`].
+///
+/// # Errors
+/// The connection's.
+pub fn answer_compare(
+    peer: &Peer,
+    frame: &Frame,
+    comparer: &mut Comparer<'_>,
+) -> Result<(), RemoteError> {
+    match comparer(&frame.body) {
+        Ok(reply) if reply.len() <= MAX_BODY_LEN as usize => {
+            peer.write(FrameType::Compared, frame.number, &reply)
+        }
+        Ok(_) => peer.write(FrameType::Failed, frame.number, &failure(1, "too long")),
+        Err(text) => peer.write(FrameType::Failed, frame.number, &failure(1, &text)),
     }
 }
 
@@ -124,8 +146,24 @@ impl Peer {
         order: &[u8],
         tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
     ) -> Result<Option<Vec<u8>>, RemoteError> {
+        let mut no_comparer = |_: &[u8]| Err("nothing is compared here".to_owned());
+        self.give_compared(file, &mut no_comparer, what, order, tell)
+    }
+
+    /// As [`Peer::give`]; `comparer` understands the file.
+    ///
+    /// # Errors
+    /// As [`Peer::give`].
+    pub fn give_compared(
+        &self,
+        file: &dyn ReadAt,
+        comparer: &mut Comparer<'_>,
+        what: FrameType,
+        order: &[u8],
+        tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
+    ) -> Result<Option<Vec<u8>>, RemoteError> {
         self.write(what, NUMBER, order)?;
-        self.answered(file, what, tell)
+        self.answered_compared(file, comparer, what, tell)
     }
 
     /// Lets the peer read `file` until the order of type `what` that it was given is done, as [`Peer::give`].
@@ -135,6 +173,17 @@ impl Peer {
     pub fn answered(
         &self,
         file: &dyn ReadAt,
+        what: FrameType,
+        tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
+    ) -> Result<Option<Vec<u8>>, RemoteError> {
+        let mut no_comparer = |_: &[u8]| Err("nothing is compared here".to_owned());
+        self.answered_compared(file, &mut no_comparer, what, tell)
+    }
+
+    fn answered_compared(
+        &self,
+        file: &dyn ReadAt,
+        comparer: &mut Comparer<'_>,
         what: FrameType,
         tell: &mut dyn FnMut(Option<(u64, u64)>) -> bool,
     ) -> Result<Option<Vec<u8>>, RemoteError> {
@@ -149,6 +198,10 @@ impl Peer {
                 }
                 FrameType::Progress => {
                     Some(progress(&frame.body).ok_or_else(|| self.broke("progress that is none"))?)
+                }
+                FrameType::Compare => {
+                    answer_compare(self, &frame, comparer)?;
+                    None
                 }
                 _ if giver.answer(self, &frame, Some(file))? => None,
                 _ => return Err(self.broke("a frame that does not belong here")),

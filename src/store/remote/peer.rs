@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::process::Child;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use rustix::io::Errno;
 
 use super::RemoteError;
 use super::frame::{
-    self, Frame, FrameError, FrameType, VERSION, greeting, parse_greeting, read_frame,
+    self, Frame, FrameError, FrameType, HEADER_LEN, VERSION, greeting, parse_greeting, read_frame,
 };
 
 /// How often the thread that says that we are here looks whether the connection is still wanted.
@@ -27,12 +28,27 @@ const PATIENCE: Timespec = Timespec {
     tv_nsec: 0,
 };
 
+/// Bodies that are kept for the next frames.
+const MAX_SPARE: usize = 8;
+
+/// Bytes that the pipes to and from the other side hold: fewer make the two wait for each other more often.
+const PIPE_LEN: usize = 1 << 20;
+
+/// Lets a pipe hold more than usual, if it is one and the system allows it.
+pub fn widen(pipe: impl AsFd) {
+    // Failure costs speed only.
+    let _ = rustix::pipe::fcntl_setpipe_size(pipe, PIPE_LEN);
+}
+
 /// The other side of a connection. Any thread may write; one at a time reads.
 pub struct Peer {
     name: String,
     input: Mutex<Box<dyn Read + Send>>,
     output: Output,
     child: Mutex<Option<Child>>,
+    crossed: AtomicU64,
+    /// Bodies of frames that nobody needs any more.
+    spare: Mutex<Vec<Vec<u8>>>,
 }
 
 /// The pipe to the other side, until it is closed.
@@ -71,6 +87,8 @@ impl Peer {
             input: Mutex::new(Box::new(input)),
             output: Arc::new(Mutex::new(Some(Box::new(output)))),
             child: Mutex::new(child),
+            crossed: AtomicU64::new(2 * 16),
+            spare: Mutex::default(),
         };
         // Who ended already cannot be written to; why it did is told by what it sent.
         let _ = peer.write_bytes(&greeting());
@@ -107,18 +125,39 @@ impl Peer {
         &self.name
     }
 
+    /// Bytes that went and came so far.
+    pub fn crossed_bytes(&self) -> u64 {
+        self.crossed.load(Ordering::Relaxed)
+    }
+
+    /// Takes back the body of a frame that was read, for the next ones.
+    pub fn give_back(&self, body: Vec<u8>) {
+        let mut spare = lock(&self.spare);
+        if spare.len() < MAX_SPARE {
+            spare.push(body);
+        }
+    }
+
+    fn count(&self, body: &[u8]) {
+        let len = (HEADER_LEN + body.len()) as u64;
+        self.crossed.fetch_add(len, Ordering::Relaxed);
+    }
+
     /// Reads the next frame.
     ///
     /// # Errors
     /// [`RemoteError::Ended`]; [`RemoteError::BrokenRule`].
     pub fn read(&self) -> Result<Frame, RemoteError> {
-        let mut input = self.input();
         loop {
-            match read_frame(&mut *input) {
-                Ok(frame) if frame.frame_type == FrameType::Alive => {}
-                Ok(frame) => return Ok(frame),
-                Err(FrameError::Io(error)) => return Err(self.ended(&error)),
-                Err(FrameError::Rule(rule)) => return Err(self.broke(rule)),
+            let mut buffer = || lock(&self.spare).pop().unwrap_or_default();
+            let outcome = read_frame(&mut *self.input(), &mut buffer);
+            let frame = outcome.map_err(|error| match error {
+                FrameError::Io(error) => self.ended(&error),
+                FrameError::Rule(rule) => self.broke(rule),
+            })?;
+            self.count(&frame.body);
+            if frame.frame_type != FrameType::Alive {
+                return Ok(frame);
             }
         }
     }
@@ -172,7 +211,9 @@ impl Peer {
             Some(output) => frame::write_frame(output, frame_type, number, body),
             None => Err(io::ErrorKind::BrokenPipe.into()),
         };
-        outcome.map_err(|error| self.ended(&error))
+        outcome.map_err(|error| self.ended(&error))?;
+        self.count(body);
+        Ok(())
     }
 
     /// Says nothing more: whoever waits for the other side hears soon that it ended.

@@ -6,6 +6,7 @@ use std::io;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use super::peer::widen;
 use super::{Peer, RemoteError};
 use crate::store::SshLocation;
 
@@ -57,6 +58,8 @@ impl Peer {
         let (Some(input), Some(output)) = (child.stdout.take(), child.stdin.take()) else {
             unreachable!("both are piped");
         };
+        widen(&input);
+        widen(&output);
         let peer = Peer::greet(there.host.clone(), input, output, Some(child))?;
         peer.show_life()?;
         Ok(peer)

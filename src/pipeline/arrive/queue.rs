@@ -1,0 +1,184 @@
+//! What is still to be got, for all workers.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Arrived;
+use super::earlier::{Way, Ways};
+use crate::bytes::ReadAt;
+use crate::container::ChunkEntry;
+use crate::pipeline::fetch::{ChunkTable, MOST_AT_ONCE};
+use crate::pipeline::{DEFAULT_CHUNK_LEN, PipelineError};
+use crate::progress::Progress;
+use crate::units::ChunkIndex;
+
+/// Stored bytes that are read at once: four chunks of the usual size, which are hashed side by side. A chunk is larger than its
+/// part of guest memory by its headers, if it does not compress.
+const REQUEST_LEN: u64 = 4 * (DEFAULT_CHUNK_LEN + DEFAULT_CHUNK_LEN / 64) as u64;
+
+/// How many requests a second there are at least where a rate is kept: what is on its way when the copy is interrupted comes twice.
+const REQUESTS_A_SECOND: u64 = 64;
+
+/// Raw bytes that are compared at once, and chunks.
+const COMPARED_LEN: u64 = 5 << 20;
+const MOST_COMPARED: usize = 8;
+
+/// The longest sleep of a worker that keeps to a rate.
+const NAP: Duration = Duration::from_millis(50);
+
+/// What is still to be got, for all workers.
+pub struct Queue<'a> {
+    lacking: &'a [ChunkIndex],
+    /// The first of `lacking` that nobody took.
+    next: Mutex<usize>,
+    pub is_over: AtomicBool,
+    /// Bytes that were asked for.
+    asked: AtomicUsize,
+    fetched: AtomicU64,
+    made: AtomicU64,
+    begin: Instant,
+    bytes_per_second: Option<u64>,
+    progress: &'a dyn Progress,
+    pub ways: &'a Ways<'a>,
+}
+
+/// What a worker does next.
+pub enum Task {
+    /// All is done, or somebody failed.
+    Nothing,
+    /// To read chunks that lie beside each other.
+    Read(Vec<ChunkEntry>),
+    /// To copy chunks that the earlier image has: each with its entry there.
+    Same(Vec<(ChunkEntry, ChunkEntry)>),
+    /// To guess chunks and compare them.
+    Guess(Vec<ChunkEntry>),
+}
+
+impl<'a> Queue<'a> {
+    /// All of `lacking`.
+    pub fn new(
+        lacking: &'a [ChunkIndex],
+        bytes_per_second: Option<u64>,
+        progress: &'a dyn Progress,
+        ways: &'a Ways<'a>,
+    ) -> Self {
+        Queue {
+            lacking,
+            next: Mutex::new(0),
+            is_over: AtomicBool::new(false),
+            asked: AtomicUsize::new(0),
+            fetched: AtomicU64::new(0),
+            made: AtomicU64::new(0),
+            begin: Instant::now(),
+            bytes_per_second,
+            progress,
+            ways,
+        }
+    }
+
+    /// The next chunks that are got the same way.
+    pub fn take<R: ReadAt>(&self, table: &ChunkTable<'_, R>) -> Result<Task, PipelineError> {
+        if self.progress.is_cancelled() {
+            return Err(PipelineError::Cancelled);
+        }
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut task = Task::Nothing;
+        let rate = self.bytes_per_second.unwrap_or(u64::MAX);
+        let most = REQUEST_LEN.min(rate / REQUESTS_A_SECOND);
+        while let Some(chunk) = self.lacking.get(*next) {
+            if self.is_over.load(Ordering::Relaxed) {
+                return Ok(Task::Nothing);
+            }
+            let entry = table.entry(*chunk)?;
+            let way = self.ways.of_chunk(&entry);
+            match (&mut task, way) {
+                (Task::Nothing, Way::Read) => task = Task::Read(vec![entry]),
+                (Task::Nothing, Way::Same(before)) => task = Task::Same(vec![(entry, before)]),
+                (Task::Nothing, Way::Guess) => task = Task::Guess(vec![entry]),
+                (Task::Read(entries), Way::Read) if lies_behind(entries, &entry, most) => {
+                    entries.push(entry);
+                }
+                (Task::Same(pairs), Way::Same(before)) if pairs.len() < MOST_AT_ONCE => {
+                    pairs.push((entry, before));
+                }
+                (Task::Guess(entries), Way::Guess) if is_room(entries, &entry) => {
+                    entries.push(entry);
+                }
+                _ => break,
+            }
+            *next += 1;
+        }
+        Ok(task)
+    }
+
+    /// Waits until `len` bytes more may be asked for.
+    pub fn keep_to_rate(&self, len: usize) -> Result<(), PipelineError> {
+        let before = self.asked.fetch_add(len, Ordering::Relaxed) as u64;
+        let Some(rate) = self.bytes_per_second else {
+            return Ok(());
+        };
+        let due = u128::from(before) * 1_000_000 / u128::from(rate.max(1));
+        while self.begin.elapsed().as_micros() < due {
+            if self.progress.is_cancelled() {
+                return Err(PipelineError::Cancelled);
+            }
+            if self.is_over.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            let left = due.saturating_sub(self.begin.elapsed().as_micros());
+            let left = Duration::from_micros(u64::try_from(left).unwrap_or(u64::MAX));
+            thread::sleep(left.min(NAP));
+        }
+        Ok(())
+    }
+
+    /// Bytes came, how many was not known before.
+    pub fn came(&self, len: usize) {
+        self.asked.fetch_add(len, Ordering::Relaxed);
+    }
+
+    /// So many stored bytes were read and are right.
+    pub fn fetched(&self, len: usize) {
+        self.fetched.fetch_add(len as u64, Ordering::Relaxed);
+        self.progress.advance(len as u64);
+    }
+
+    /// So many stored bytes were made of the earlier image.
+    pub fn made(&self, len: usize) {
+        self.made.fetch_add(len as u64, Ordering::Relaxed);
+        self.progress.advance(len as u64);
+    }
+
+    /// What was got.
+    pub fn arrived(&self) -> Arrived {
+        Arrived {
+            fetched_bytes: self.fetched.load(Ordering::Relaxed),
+            from_parent_bytes: self.made.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Whether `entry` lies right behind the others, and may be read with them: at most `most` bytes together.
+fn lies_behind(entries: &[ChunkEntry], entry: &ChunkEntry, most: u64) -> bool {
+    let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
+        return true;
+    };
+    let len = end_of(entry).saturating_sub(first.stored_offset.0);
+    let is_beside = end_of(last) == entry.stored_offset.0;
+    is_beside && len <= most && entries.len() < MOST_AT_ONCE
+}
+
+fn is_room(entries: &[ChunkEntry], entry: &ChunkEntry) -> bool {
+    let lens = entries.iter().map(|entry| u64::from(entry.raw_len));
+    let len: u64 = lens.sum::<u64>() + u64::from(entry.raw_len);
+    len <= COMPARED_LEN && entries.len() < MOST_COMPARED
+}
+
+fn end_of(entry: &ChunkEntry) -> u64 {
+    entry
+        .stored_offset
+        .0
+        .saturating_add(u64::from(entry.stored_len))
+}
