@@ -199,7 +199,9 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
         (_, Some(StoreError::BeingChanged { .. } | StoreError::BeingMade { .. }), _) => {
             "wait until that has ended"
         }
-        (_, Some(StoreError::FarAway { .. }), _) => "bring it here first, with `vmstow copy`",
+        (_, Some(StoreError::FarAway { .. }), _) => {
+            "use a file of this host; `vmstow copy` brings images here and there"
+        }
         (_, Some(StoreError::Terminal), _) => "name a file, or pipe the output somewhere",
         (.., Some(ConfigError::Refused { .. })) => "`vmstow inspect` lists what the guest has",
         _ => return image_advice(error, image).or_else(|| busy(error)),

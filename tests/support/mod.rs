@@ -31,8 +31,10 @@ mod process;
 mod qmp;
 mod restored;
 mod serial;
+mod servers;
 mod sshd;
 mod wait;
+mod wire;
 
 pub use assets::{Qemu, linux_initrd, linux_kernel, testdata};
 pub use before::{Before, Settings, wait_for_silence};
@@ -45,5 +47,7 @@ pub use process::{Adopted, Process, processes_that_know};
 pub use qmp::Qmp;
 pub use restored::Restored;
 pub use serial::{Mark, Serial};
+pub use servers::{ACCESS_KEY, SECRET_KEY, Server};
 pub use sshd::OtherHost;
 pub use wait::{PATIENCE, wait_until};
+pub use wire::Wire;

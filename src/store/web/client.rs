@@ -174,7 +174,8 @@ fn fault(error: ureq::Error, server: String) -> Fault {
         ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => {
             Fault::Passing(WebError::Unreachable { server, why })
         }
-        ureq::Error::Io(error) if is_about_connecting(&error) => {
+        // The system's resolver has no kind of its own.
+        ureq::Error::Io(error) if is_about_connecting(&error) || why.contains("lookup address") => {
             Fault::Passing(WebError::Unreachable { server, why })
         }
         ureq::Error::Io(error)

@@ -60,7 +60,8 @@ impl Version {
     fn of(answer: &Answer) -> Self {
         let header = |name| answer.header(name).map(str::to_owned);
         Version {
-            etag: header("etag"),
+            // An empty one says nothing.
+            etag: header("etag").filter(|etag| !etag.trim_matches('"').is_empty()),
             modified: header("last-modified"),
         }
     }
