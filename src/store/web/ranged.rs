@@ -21,13 +21,14 @@ use crate::store::FarFile;
 /// Bytes at the end that are read at once and kept.
 const TAIL_LEN: u64 = 256 << 10;
 
-const BLOCK_LEN: u64 = 256 << 10;
+/// Small, for who jumps about wants little: `inspect` of an image of layout `mapped` reads ten times some bytes.
+const BLOCK_LEN: u64 = 32 << 10;
 
 /// The most blocks that one request is for, unless one reader wants more.
-const MAX_RUN: u64 = 8;
+const MAX_RUN: u64 = 64;
 
 /// Blocks that are kept.
-const MAX_KEPT: usize = 96;
+const MAX_KEPT: usize = 768;
 
 /// Where a file is, and how it is asked for.
 pub trait Origin: fmt::Debug + Send + Sync {
@@ -330,7 +331,7 @@ impl Kept {
             .checked_sub(1)
             .is_some_and(|before| self.blocks.contains_key(&before));
         self.run = match goes_on {
-            true => (self.run * 2).clamp(1, MAX_RUN),
+            true => (self.run * 4).clamp(1, MAX_RUN),
             false => 1,
         };
         let most = (wanted.min(block + MAX_RUN))
@@ -501,15 +502,16 @@ mod tests {
     #[test]
     fn who_reads_on_gets_more_at_once_and_who_jumps_does_not() {
         let mut kept = Kept::default();
-        assert_eq!(kept.begin(0, 1, 100), 1);
-        assert_eq!(kept.begin(1, 2, 100), 3);
-        assert_eq!(kept.begin(3, 4, 100), 7);
-        assert_eq!(kept.begin(7, 8, 100), 15);
-        assert_eq!(kept.begin(15, 16, 100), 23);
-        assert_eq!(kept.begin(50, 51, 100), 51);
-        // No more than there are, and nothing twice.
-        assert_eq!(kept.begin(99, 100, 100), 100);
-        assert_eq!(kept.begin(49, 60, 100), 50);
+        assert_eq!(kept.begin(0, 1, 1000), 1);
+        assert_eq!(kept.begin(1, 2, 1000), 5);
+        assert_eq!(kept.begin(5, 6, 1000), 21);
+        assert_eq!(kept.begin(21, 22, 1000), 85);
+        assert_eq!(kept.begin(85, 86, 1000), 149);
+        assert_eq!(kept.begin(500, 501, 1000), 501);
+        // As much as is wanted, no more than there are, and nothing twice.
+        assert_eq!(kept.begin(700, 720, 1000), 720);
+        assert_eq!(kept.begin(999, 1000, 1000), 1000);
+        assert_eq!(kept.begin(499, 520, 1000), 500);
     }
 
     #[test]
