@@ -153,7 +153,22 @@ fn there_and_back(dir: &TestDir, store: &Server, first: Option<&Guest>) {
     assert_eq!(inspected["restores"]["lazy"]["is_possible"], json!(true));
     let verified = answer(dir, at, &["verify", "--deep", there]);
     assert_eq!(verified["is_whole"], json!(true));
-    answer(dir, at, &["convert", there, "raw.stow", "--layout", "raw"]);
+    let raw = ["convert", there, "s3://bucket/raw.stow", "--layout", "raw"];
+    answer(dir, at, &raw);
+    let (text, code) = said(command(dir, at, &raw));
+    assert_eq!(code, 2, "{text}");
+    assert!(text.contains("s3://bucket/raw.stow exists"), "{text}");
+    let verified = answer(dir, at, &["verify", "s3://bucket/raw.stow"]);
+    assert_eq!(verified["is_whole"], json!(true));
+    let mapped = [
+        "convert",
+        there,
+        "s3://bucket/mapped.stow",
+        "--layout",
+        "mapped",
+    ];
+    let (text, code) = said(command(dir, at, &mapped));
+    assert_eq!(code, 2, "{text}");
     let other = "s3://bucket/other.stow";
     answer(dir, at, &["copy", there, other]);
     let back = answer(dir, at, &["copy", other, "back.stow"]);
@@ -168,7 +183,7 @@ fn there_and_back(dir: &TestDir, store: &Server, first: Option<&Guest>) {
     let (text, code) = said(command(dir, at, &bad));
     assert_eq!(code, 3, "{text}");
     assert!(!store.path("bad.stow").exists());
-    for name in ["back.stow", "raw.stow", "bad.stow"] {
+    for name in ["back.stow", "bad.stow"] {
         std::fs::remove_file(dir.join(name)).unwrap();
     }
 }
@@ -176,9 +191,25 @@ fn there_and_back(dir: &TestDir, store: &Server, first: Option<&Guest>) {
 #[test]
 fn an_image_goes_to_a_store_and_back_and_is_read_and_restored_where_it_lies() {
     let dir = TestDir::new();
-    let guest = saved(&dir, 16, false, "x.stow");
+    let spec = GuestSpec {
+        memory_mib: 16,
+        ..GuestSpec::default()
+    };
+    let mut guest = Guest::start(&dir, spec);
+    guest.serial().wait_for_tick(5);
     {
         let store = Server::s3s_fs(&dir);
+        let at = store.address();
+        let direct = "s3://bucket/direct.stow";
+        // What cannot be is said before the guest is touched.
+        let off = command(&dir, "127.0.0.1:1", &["save", &guest.source(), direct]);
+        let (text, code) = said(off);
+        assert_eq!(code, 5, "{text}");
+        assert!(text.contains("cannot reach http://127.0.0.1:1"), "{text}");
+        answer(&dir, at, &["save", &guest.source(), direct]);
+        guest.wait_for_exit();
+        answer(&dir, at, &["copy", direct, "x.stow"]);
+        assert_same(&dir.join("x.stow"), &store.path("direct.stow"));
         there_and_back(&dir, &store, Some(&guest));
         let left = std::fs::read_dir(store.root()).unwrap();
         let names = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());

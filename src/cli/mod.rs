@@ -37,7 +37,10 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::convert::ConvertError;
 use crate::host::ProcessId;
+use crate::save::SaveError;
+use crate::transfer::TransferError;
 use ui::Ui;
 
 /// Stows a running QEMU guest in one file and brings it back, here or on another host.
@@ -194,9 +197,14 @@ struct Failure {
 impl Failure {
     /// An image is not damaged because it cannot be reached.
     fn at_its_root(self) -> Failure {
-        Failure {
-            error: crate::store::far_cause(&self.error).unwrap_or(self.error),
-            image: self.image,
+        let error = &self.error;
+        // These say in what state things were left, which is more than why.
+        let says_more = error.downcast_ref::<SaveError>().is_some()
+            || error.downcast_ref::<TransferError>().is_some()
+            || matches!(error.downcast_ref(), Some(ConvertError::PublishUnknown(_)));
+        match crate::store::far_cause(error).filter(|_| !says_more) {
+            Some(error) => Failure { error, ..self },
+            None => self,
         }
     }
 }

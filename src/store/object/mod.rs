@@ -6,7 +6,9 @@
 mod answer;
 mod bucket;
 mod settings;
+mod sink;
 mod upload;
 
 pub use bucket::{Bucket, open_object};
+pub use sink::ObjectSink;
 pub use upload::{MIN_PART_LEN, MOST_PARTS, Part, PartDigest, Upload};
