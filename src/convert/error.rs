@@ -46,7 +46,7 @@ pub enum ConvertError {
         option: &'static str,
     },
     /// Pages that have places of their own cannot follow each other.
-    #[error("a file of the mapped-ram layout cannot be written to a pipe")]
+    #[error("a file of the mapped-ram layout can only be written to a file")]
     NoPlaces,
 }
 

@@ -20,6 +20,8 @@ use crate::image::foreign::compression::Encoder;
 use crate::image::foreign::libvirt::{SaveFormat, SaveMetadata};
 use crate::pipeline::{self, PipelineError};
 use crate::progress::Progress;
+#[cfg(feature = "s3")]
+use crate::store::object::ObjectSink;
 use crate::store::{AnyFile, FileSink, Location, PipeSink};
 
 /// Where the stream begins in a save image of format `sparse`: a multiple of this.
@@ -78,10 +80,17 @@ pub fn export(
     progress: &dyn Progress,
 ) -> Result<ExportReport> {
     match &request.target {
-        Location::Pipe if has_places(request.form) => Err(ConvertError::NoPlaces.into()),
+        Location::Pipe | Location::Object(_) if has_places(request.form) => {
+            Err(ConvertError::NoPlaces.into())
+        }
         Location::Pipe => write(opened, request, &mut PipeSink::stdout()?, progress),
         Location::Path(path) => {
             let mut sink = FileSink::create(path, request.may_replace)?;
+            write(opened, request, &mut sink, progress)
+        }
+        #[cfg(feature = "s3")]
+        Location::Object(there) => {
+            let mut sink = ObjectSink::create(there, request.may_replace)?;
             write(opened, request, &mut sink, progress)
         }
         far => Err(far.refused().into()),

@@ -32,6 +32,8 @@ use crate::image::foreign::describe::Described;
 use crate::image::{OpenedImage, Origin, Trust};
 use crate::pipeline::{self, Encoded, Encoding, PipelineError};
 use crate::progress::Progress;
+#[cfg(feature = "s3")]
+use crate::store::object::ObjectSink;
 use crate::store::{AnyFile, FileSink, Location, PipeSink};
 use crate::stream::StreamSummary;
 
@@ -96,11 +98,13 @@ fn with_sink(
     work: impl FnOnce(&mut dyn Sink) -> Result<ConvertReport>,
 ) -> Result<ConvertReport> {
     match &request.target {
-        Location::Pipe if request.encoding.layout == Layout::Mapped => {
+        Location::Pipe | Location::Object(_) if request.encoding.layout == Layout::Mapped => {
             Err(PipelineError::NoPlaces.into())
         }
         Location::Pipe => work(&mut PipeSink::stdout()?),
         Location::Path(path) => work(&mut FileSink::create(path, request.may_replace)?),
+        #[cfg(feature = "s3")]
+        Location::Object(there) => work(&mut ObjectSink::create(there, request.may_replace)?),
         far => Err(far.refused().into()),
     }
 }

@@ -46,6 +46,11 @@ impl Lasting {
         self.path.join("arrivals")
     }
 
+    /// The directory of notes about uploads that did not end.
+    pub fn uploads_dir(&self) -> PathBuf {
+        self.path.join("uploads")
+    }
+
     /// The directory of the files that hold firmware variables.
     pub fn nvram_dir(&self) -> PathBuf {
         self.path.join("nvram")

@@ -45,6 +45,8 @@ use crate::error::{Error, Result};
 use crate::host::keys::SigningKey;
 use crate::pipeline::{self, Encoded, Encoding};
 use crate::progress::Progress;
+#[cfg(feature = "s3")]
+use crate::store::object::ObjectSink;
 use crate::store::{FileSink, Location, PipeSink};
 use crate::supervise::Guardian;
 pub use crate::supervise::Then;
@@ -197,6 +199,11 @@ pub fn save(request: &SaveRequest, progress: &dyn Progress) -> Result<SaveReport
             let guest = GuardedGuest::guard(plan, request, Some(path))?;
             let (guest, mut sink) = guest.create(path, request.may_replace)?;
             save_guarded(guest, request, &mut sink, progress)
+        }
+        #[cfg(feature = "s3")]
+        Location::Object(there) => {
+            let mut sink = ObjectSink::create(there, request.may_replace)?;
+            save_into(plan, request, &mut sink, progress)
         }
         far => Err(far.refused().into()),
     }

@@ -4,7 +4,8 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use super::remote::{Asker, RemoteFile};
+use super::remote::{Asker, RemoteError, RemoteFile};
+use super::web::WebError;
 use super::{FileSource, Location, StoreError};
 use crate::bytes::ReadAt;
 use crate::error::{Error, Result};
@@ -44,10 +45,31 @@ pub fn open_far(location: &Location) -> Result<Arc<dyn FarFile>> {
         .into()),
         Location::Ssh(there) => Ok(Arc::new(RemoteFile::open_at(there)?)),
         Location::Peer(socket) => Ok(Arc::new(RemoteFile::relayed(socket)?)),
+        #[cfg(feature = "s3")]
+        Location::Object(there) => Ok(Arc::new(super::object::open_object(there)?)),
+        #[cfg(not(feature = "s3"))]
         Location::Object(_) => Err(not_built("s3").into()),
+        #[cfg(feature = "http")]
+        Location::Web(url) => Ok(Arc::new(super::web::open_web(url)?)),
+        #[cfg(not(feature = "http"))]
         Location::Web(_) => Err(not_built("http").into()),
         Location::Registry(_) => Err(not_built("oci").into()),
     }
+}
+
+/// What failed elsewhere, where reading from there is why something failed here.
+pub fn far_cause(error: &Error) -> Option<Error> {
+    let far = |cause: &(dyn std::error::Error + 'static)| {
+        let inner = cause.downcast_ref::<io::Error>()?.get_ref()?;
+        let web = inner.downcast_ref::<WebError>().cloned().map(Error::from);
+        web.or_else(|| {
+            inner
+                .downcast_ref::<RemoteError>()
+                .cloned()
+                .map(Error::from)
+        })
+    };
+    error.causes().find_map(far)
 }
 
 /// A file of this host, or of another place.

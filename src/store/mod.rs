@@ -1,4 +1,4 @@
-//! Where bytes live: files, pipes, and files of other hosts.
+//! Where bytes live: files, pipes, files of other hosts and of the web, objects of object stores.
 //!
 //! This module moves bytes and knows no format. A [`FileSink`] writes under a temporary name in the target's
 //! directory and takes the good name only when it is published; a [`PipeSink`] writes to a descriptor and keeps
@@ -8,12 +8,15 @@ mod any_file;
 mod append;
 mod file;
 mod location;
+#[cfg(feature = "s3")]
+pub mod object;
 mod part;
 mod pipe;
 pub mod remote;
 mod surroundings;
+pub mod web;
 
-pub use any_file::{AnyFile, FarFile, open_far};
+pub use any_file::{AnyFile, FarFile, far_cause, open_far};
 pub use append::FileAppender;
 pub use file::{FileIdentity, FileSink, FileSource, check_target, open_to_change, temporary_name};
 pub use location::{Location, ObjectLocation, RegistryLocation, SshLocation};

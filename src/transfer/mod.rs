@@ -8,10 +8,16 @@
 //! interrupted copy goes on where it stopped, and neither side has to believe the other. `spec/transfer.md` is the protocol.
 
 mod error;
+#[cfg(feature = "s3")]
+mod notes;
+#[cfg(feature = "s3")]
+mod pace;
 mod parent;
 mod place;
 mod receive;
 mod serve;
+#[cfg(feature = "s3")]
+mod upload;
 
 pub use error::TransferError;
 pub use parent::ParentChoice;
@@ -160,6 +166,8 @@ fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyRepor
         Location::Pipe => Err(TransferError::NoName.into()),
         Location::Path(path) => take(&source, path, request, progress),
         Location::Ssh(there) => give(&source, there, request, progress),
+        #[cfg(feature = "s3")]
+        Location::Object(there) => upload::upload(&source, there, request, progress),
         other => Err(other.refused().into()),
     };
     let report = outcome.map_err(|error| source.failure().unwrap_or(error))?;

