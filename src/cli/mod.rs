@@ -167,7 +167,7 @@ pub fn main() -> ExitCode {
         | Command::Attend { .. }
         | Command::Serve { .. } => Ok(ExitCode::SUCCESS),
     };
-    done.unwrap_or_else(|failure| ui.fail(&failure))
+    done.unwrap_or_else(|failure| ui.fail(&failure.at_its_root()))
 }
 
 /// The arguments of a `restore` as they were given, the program's name not among them.
@@ -189,6 +189,16 @@ struct Failure {
     error: crate::error::Error,
     /// The image the error is about, as the user named it.
     image: Option<String>,
+}
+
+impl Failure {
+    /// An image is not damaged because it cannot be reached.
+    fn at_its_root(self) -> Failure {
+        Failure {
+            error: crate::store::far_cause(&self.error).unwrap_or(self.error),
+            image: self.image,
+        }
+    }
 }
 
 impl<E: Into<crate::error::Error>> From<E> for Failure {

@@ -107,6 +107,10 @@ pub fn verify(
             other => other?,
         }
     }
+    // What cannot be read any more is not damaged.
+    if let Some(error) = image.reader().failure() {
+        return Err(error);
+    }
     let trust = Trust::of(image).unwrap_or_else(|error| {
         problems.push(Problem::of(&error));
         Trust::Unsigned

@@ -4,7 +4,9 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use super::remote::RemoteFile;
+#[cfg(feature = "oci")]
+use super::registry::RegistryError;
+use super::remote::{RemoteError, RemoteFile};
 use super::{FileSource, Location, StoreError};
 use crate::bytes::ReadAt;
 use crate::error::{Error, Result};
@@ -36,8 +38,25 @@ pub fn open_far(location: &Location) -> Result<Arc<dyn FarFile>> {
         Location::Ssh(there) => Ok(Arc::new(RemoteFile::open_at(there)?)),
         Location::Object(_) => Err(not_built("s3").into()),
         Location::Web(_) => Err(not_built("http").into()),
+        #[cfg(feature = "oci")]
+        Location::Registry(there) => Ok(Arc::new(super::registry::RegistryFile::open(there)?)),
+        #[cfg(not(feature = "oci"))]
         Location::Registry(_) => Err(not_built("oci").into()),
     }
+}
+
+/// What failed elsewhere, where reading from there is why something failed here.
+pub fn far_cause(error: &Error) -> Option<Error> {
+    let far = |cause: &(dyn std::error::Error + 'static)| {
+        let inner = cause.downcast_ref::<io::Error>()?.get_ref()?;
+        #[cfg(feature = "oci")]
+        if let Some(error) = inner.downcast_ref::<RegistryError>() {
+            return Some(error.clone().into());
+        }
+        let remote = inner.downcast_ref::<RemoteError>();
+        remote.map(|error| error.clone().into())
+    };
+    error.causes().find_map(far)
 }
 
 /// A file of this host, or of another place.

@@ -1,4 +1,4 @@
-//! Where bytes live: files, pipes, and files of other hosts.
+//! Where bytes live: files, pipes, files of other hosts, artifacts of registries.
 //!
 //! This module moves bytes and knows no format. A [`FileSink`] writes under a temporary name in the target's
 //! directory and takes the good name only when it is published; a [`PipeSink`] writes to a descriptor and keeps
@@ -10,10 +10,12 @@ mod file;
 mod location;
 mod part;
 mod pipe;
+#[cfg(feature = "oci")]
+pub mod registry;
 pub mod remote;
 mod surroundings;
 
-pub use any_file::{AnyFile, FarFile, open_far};
+pub use any_file::{AnyFile, FarFile, far_cause, open_far};
 pub use append::FileAppender;
 pub use file::{FileIdentity, FileSink, FileSource, check_target, open_to_change, temporary_name};
 pub use location::{Location, ObjectLocation, RegistryLocation, SshLocation};
