@@ -18,6 +18,9 @@ use crate::units::human_bytes;
 /// Every chunk is verified when it arrives, and the copy gets its name only when it is whole. Run the same command again
 /// after an interruption: it goes on where it stopped. Locations on other hosts are written ssh://USER@HOST:PORT/PATH, of
 /// which user and port may be left out, with /~/PATH for one in the home directory; your own ssh makes the connection, and vmstow has to be installed there.
+///
+/// oci://REGISTRY/NAME:TAG is an artifact in a registry of container images. Pieces that the registry has in that repository are not sent
+/// again, and the tag appears at the end. You are who you are to podman, skopeo and docker: their files of credentials are read.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct CopyArgs {
@@ -40,10 +43,14 @@ const EXAMPLES: &str = "\
 Examples:
   vmstow copy web01.stow ssh://backup/srv/images/web01.stow
   vmstow copy ssh://root@host2:2222/~/web01.stow web01.stow --bwlimit 20M
+  vmstow copy web01.stow oci://registry.example/lab/web01:monday
 
 Environment:
   VMSTOW_SSH             the command that is used for ssh, with its options
-  VMSTOW_REMOTE_PROGRAM  vmstow's path on the other host";
+  VMSTOW_REMOTE_PROGRAM  vmstow's path on the other host
+  REGISTRY_AUTH_FILE     the file of credentials for registries, in place of the usual ones
+  SSL_CERT_FILE          certificates that are trusted, in place of the system's
+  VMSTOW_INSECURE_REGISTRIES  registries without TLS, HOST:PORT with commas between";
 
 fn rate(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(['K', 'M', 'G', 'k', 'm', 'g']);

@@ -8,6 +8,8 @@
 //! interrupted copy goes on where it stopped, and neither side has to believe the other. `spec/transfer.md` is the protocol.
 
 mod error;
+#[cfg(feature = "oci")]
+mod push;
 mod receive;
 mod serve;
 
@@ -116,6 +118,8 @@ fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyRepor
             receive(&source, &request, progress)
         }
         Location::Ssh(there) => give(&source, there, request, progress),
+        #[cfg(feature = "oci")]
+        Location::Registry(there) => push::push(&source, there, request, progress),
         other => Err(other.refused().into()),
     };
     let report = outcome.map_err(|error| source.failure().unwrap_or(error))?;

@@ -67,6 +67,14 @@ pub fn sshd() -> PathBuf {
     existing("bin/sshd", "sshd (Debian package openssh-server)")
 }
 
+/// A registry of container images.
+pub fn docker_registry() -> PathBuf {
+    existing(
+        "bin/docker-registry",
+        "docker-registry (Debian package docker-registry)",
+    )
+}
+
 /// The directory below which libvirt 9.0 is unpacked.
 pub fn libvirt_9() -> PathBuf {
     existing(
