@@ -10,6 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use docker_credential::DockerCredential;
 use serde::Deserialize;
+use ureq::config::RedirectAuthHeaders;
 use ureq::http::Response;
 use ureq::http::header::WWW_AUTHENTICATE;
 use ureq::tls::{RootCerts, TlsConfig};
@@ -138,10 +139,22 @@ impl Requests {
 
     /// The address that a `Location` header names.
     pub fn address_of(&self, location: &str) -> String {
-        match location.starts_with('/') {
-            true => format!("{}{location}", self.base),
-            false => location.to_owned(),
+        let host = self.base.strip_prefix("https://");
+        let bare = location.strip_prefix("http://");
+        // A registry behind a proxy may not know that it speaks TLS.
+        let rest = host
+            .zip(bare)
+            .and_then(|(host, bare)| bare.strip_prefix(host));
+        match rest.unwrap_or(location) {
+            path if path.starts_with('/') => format!("{}{path}", self.base),
+            _ => location.to_owned(),
         }
+    }
+
+    /// Whether it is the registry's: others do not learn who we are.
+    pub fn is_ours(&self, address: &str) -> bool {
+        let rest = address.strip_prefix(&self.base);
+        rest.is_some_and(|rest| rest.starts_with('/'))
     }
 
     /// Has `send` ask, with credentials if the registry wants some, and again while what fails may pass.
@@ -333,6 +346,7 @@ fn agent(is_near: bool) -> Agent {
         .http_status_as_error(false)
         .tls_config(roots.build())
         .user_agent(concat!("vmstow/", env!("CARGO_PKG_VERSION")))
+        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
         .max_idle_connections(IDLE_CONNECTIONS)
         .max_idle_connections_per_host(IDLE_CONNECTIONS)
         .timeout_connect(Some(CONNECT_TIMEOUT))
@@ -423,6 +437,35 @@ pub fn words(response: Response<Body>) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_but_the_registry_learns_who_we_are() {
+        let requests = Requests {
+            agent: agent(false),
+            registry: "host:1".to_owned(),
+            repository: "a".to_owned(),
+            base: "https://host:1".to_owned(),
+            actions: "pull",
+            credential: OnceLock::new(),
+            authorization: Mutex::default(),
+            was_reached: AtomicBool::new(false),
+        };
+        for (location, address, is_ours) in [
+            ("/v2/x?y=z", "https://host:1/v2/x?y=z", true),
+            ("https://host:1/x", "https://host:1/x", true),
+            ("http://host:1/x", "https://host:1/x", true),
+            ("http://host:10/x", "http://host:10/x", false),
+            (
+                "https://host:1.example/x",
+                "https://host:1.example/x",
+                false,
+            ),
+            ("https://elsewhere/x", "https://elsewhere/x", false),
+        ] {
+            assert_eq!(requests.address_of(location), address);
+            assert_eq!(requests.is_ours(address), is_ours, "{address}");
+        }
+    }
 
     #[test]
     fn only_this_host_is_spoken_to_without_tls_by_itself() {
