@@ -16,13 +16,11 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 use support::{
-    Guest, GuestSpec, PATIENCE, Registry, RegistrySpec, TestDir, fill, flip_bit, wait_until,
-    write_memory,
+    Guest, GuestSpec, OtherHost, PATIENCE, Registry, RegistrySpec, TestDir, fill, flip_bit,
+    wait_until, write_memory,
 };
 use vmstow::bytes::ReadAt;
 use vmstow::store::{Location, open_far};
-
-const FULL_MIB: u32 = 160;
 
 /// `vmstow`, which finds no credentials but those of the test.
 fn command(dir: &TestDir, arguments: &[&str]) -> Command {
@@ -112,14 +110,14 @@ fn save(dir: &TestDir, guest: &Guest, name: &str, layout: &str) {
     ]);
 }
 
-fn full_guest(dir: &TestDir) -> Guest {
+fn full_guest(dir: &TestDir, memory_mib: u32) -> Guest {
     let spec = GuestSpec {
-        memory_mib: FULL_MIB,
+        memory_mib,
         ..GuestSpec::default()
     };
     let guest = Guest::start(dir, spec);
     guest.serial().wait_for_tick(5);
-    fill(guest.pid(), &mut guest.qmp(), u64::from(FULL_MIB) << 20);
+    fill(guest.pid(), &mut guest.qmp(), u64::from(memory_mib) << 20);
     guest
 }
 
@@ -143,7 +141,7 @@ fn fetched(registry: &Registry, before: usize) -> (usize, u64) {
 fn two_saves_of_a_guest_share_most_of_what_the_registry_keeps_and_whoever_reads_images_reads_them_there()
  {
     let dir = TestDir::new();
-    let mut guest = full_guest(&dir);
+    let mut guest = full_guest(&dir, 256);
     save(&dir, &guest, "a.stow", "raw");
     write_memory(guest.pid(), &mut guest.qmp(), 100 << 20, &[7; 2 << 20]);
     let before = guest.serial().mark();
@@ -283,6 +281,20 @@ fn an_image_of_any_layout_comes_back_as_it_was_with_its_holes() {
     let report = answer(&dir, &["copy", "mapped.stow", &there, "--replace"]);
     assert_eq!(report["fetched_bytes"], json!(0));
 
+    // From another host, and to one: nobody here keeps a file of it.
+    let other = OtherHost::new(&dir, "other");
+    std::fs::copy(dir.join("zstd.stow"), other.path("from.stow")).unwrap();
+    let between = registry.location("between");
+    for (from, to) in [
+        (&other.location("from.stow"), &between),
+        (&between, &other.location("to.stow")),
+    ] {
+        let mut copy = command(&dir, &["copy", from, to]);
+        let output = copy.envs(other.environment()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+    assert_same(&dir.join("zstd.stow"), &other.path("to.stow"));
+
     // The tag moves while somebody reads: they go on with what they opened.
     let location: Location = there.parse().unwrap();
     let opened = open_far(&location).unwrap();
@@ -305,13 +317,13 @@ fn an_image_of_any_layout_comes_back_as_it_was_with_its_holes() {
 #[test]
 fn a_copy_that_is_killed_goes_on_there_and_back() {
     let dir = TestDir::new();
-    let guest = full_guest(&dir);
+    let guest = full_guest(&dir, 160);
     save(&dir, &guest, "x.stow", "raw");
     drop(guest);
     let registry = Registry::start(dir.join("registry"), RegistrySpec::default());
     let (there, all) = (registry.location("x"), len(&dir.join("x.stow")));
     let start = |from: &str, to: &str| {
-        let mut command = command(&dir, &["copy", from, to, "--bwlimit", "40M"]);
+        let mut command = command(&dir, &["copy", from, to, "--bwlimit", "20M"]);
         command
             .stderr(Stdio::null())
             .stdout(Stdio::null())
@@ -328,12 +340,9 @@ fn a_copy_that_is_killed_goes_on_there_and_back() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert_refused(&dir, &["inspect", &there], 5, &["there is no oci://"]);
-    let there_already = registry.kept_bytes();
+    // One that was just being taken may come twice.
     let report = answer(&dir, &["copy", "x.stow", &there]);
-    assert!(
-        report["kept_bytes"].as_u64().unwrap() >= there_already,
-        "{report}"
-    );
+    assert!(report["kept_bytes"].as_u64().unwrap() > all / 6, "{report}");
 
     let mut child = start(&there, "y.stow");
     let part = dir.join("y.stow.part");
