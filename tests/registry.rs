@@ -5,8 +5,8 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -763,5 +763,106 @@ fn a_registry_that_wants_tokens_gets_them() {
     let before = tokens.given();
     answer(&dir, &["copy", &there, "y.stow"]);
     assert_eq!(tokens.given(), before + 1);
+    assert_same(&dir.join("x.stow"), &dir.join("y.stow"));
+}
+
+/// Between a client and a registry: breaks the first connections that carry something once they carried `CARRIED` bytes.
+struct BadLine {
+    address: String,
+    breaks_left: Arc<AtomicU32>,
+    is_over: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+const CARRIED: usize = 100 << 10;
+
+impl BadLine {
+    fn to(registry: &Registry) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (is_over, breaks_left) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU32::new(0)),
+        );
+        let (ends, breaks, to) = (
+            Arc::clone(&is_over),
+            Arc::clone(&breaks_left),
+            registry.name(),
+        );
+        let serve = move || {
+            for near in listener.incoming() {
+                if ends.load(Ordering::Relaxed) {
+                    break;
+                }
+                let (near, far) = (near.unwrap(), TcpStream::connect(&to).unwrap());
+                for (from, to) in [(&near, &far), (&far, &near)] {
+                    let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let breaks = Arc::clone(&breaks);
+                    std::thread::spawn(move || carry(from, to, &breaks));
+                }
+            }
+        };
+        let thread = Some(std::thread::spawn(serve));
+        BadLine {
+            address,
+            breaks_left,
+            is_over,
+            thread,
+        }
+    }
+
+    fn location(&self, tag: &str) -> String {
+        format!("oci://{}/lab/guest:{tag}", self.address)
+    }
+}
+
+/// Passes bytes on until either side ends or the line breaks.
+fn carry(mut from: TcpStream, mut to: TcpStream, breaks_left: &AtomicU32) {
+    let (mut carried, mut buffer) = (0, [0; 4096]);
+    while let Ok(len) = from.read(&mut buffer) {
+        carried += len;
+        let one_less = |left: u32| left.checked_sub(1);
+        let is_broken = carried > CARRIED
+            && breaks_left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
+                .is_ok();
+        if len == 0 || is_broken || to.write_all(&buffer[..len]).is_err() {
+            break;
+        }
+    }
+    for stream in [from, to] {
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+}
+
+impl Drop for BadLine {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        drop(TcpStream::connect(&self.address));
+        let _ = self.thread.take().map(std::thread::JoinHandle::join);
+    }
+}
+
+#[test]
+fn connections_that_break_are_made_again() {
+    let dir = TestDir::new();
+    let guest = Guest::start(
+        &dir,
+        GuestSpec {
+            memory_mib: 16,
+            ..GuestSpec::default()
+        },
+    );
+    guest.serial().wait_for_tick(5);
+    save(&dir, &guest, "x.stow", "raw");
+    drop(guest);
+    let registry = Registry::start(dir.join("registry"), RegistrySpec::default());
+    let line = BadLine::to(&registry);
+    let there = line.location("x");
+    for arguments in [["copy", "x.stow", &there], ["copy", &there, "y.stow"]] {
+        line.breaks_left.store(3, Ordering::Relaxed);
+        answer(&dir, &arguments);
+        assert_eq!(line.breaks_left.load(Ordering::Relaxed), 0, "{arguments:?}");
+    }
     assert_same(&dir.join("x.stow"), &dir.join("y.stow"));
 }
