@@ -7,7 +7,7 @@ mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -389,6 +389,21 @@ fn what_a_registry_refuses_lacks_or_spoils_is_said() {
         &broken.output().unwrap(),
         4,
         &["broken.json cannot be used"],
+    );
+    let helped = json!({ "credHelpers": { registry.name(): "fake" } });
+    std::fs::write(dir.join("helped.json"), helped.to_string()).unwrap();
+    let helper = dir.join("docker-credential-fake");
+    let words = r#"{"ServerURL": "x", "Username": "tester", "Secret": "secret"}"#;
+    std::fs::write(&helper, format!("#!/bin/sh\ncat >asked\necho '{words}'\n")).unwrap();
+    std::fs::set_permissions(&helper, PermissionsExt::from_mode(0o700)).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let mut helped = command(&dir, &["inspect", &there]);
+    helped.env("PATH", format!("{}:{path}", dir.path().display()));
+    helped.env("REGISTRY_AUTH_FILE", dir.join("helped.json"));
+    assert_says(&helped.output().unwrap(), 5, &["there is no oci://"]);
+    assert_eq!(
+        std::fs::read_to_string(dir.join("asked")).unwrap(),
+        registry.name()
     );
     log_in(&dir, &registry, "tester:secret");
 
