@@ -22,6 +22,7 @@ test_packages=(
     zstd libarchive-tools 7zip openssh-client python3 # independent judges of what we write
     gzip bzip2 xz-utils lzop # what libvirt compresses with; xz: QEMU's source packages
     gdb binutils python3-venv # those of ELF cores; Volatility comes from PyPI
+    skopeo openssl           # an independent reader of registries; certificates for one
     libgcc-s1                # QEMU 7.2; the rest of its libraries are those of QEMU 10
 )
 bench_packages=(openssl rsync) # a digest, and a copy, to be held against
@@ -228,6 +229,20 @@ END
     chmod +x "$wrapper"
 }
 
+# A registry of container images, unpacked: the package would start a server on this machine.
+unpack_registry() {
+    local program=$assets/bin/docker-registry
+    [ ! -x "$program" ] || return 0
+    check_distribution "docker-registry"
+    say "unpacking docker-registry into ${assets#"$PWD/"}/bin"
+    download "$assets/debs" docker-registry
+    mkdir -p "$assets/bin"
+    dpkg-deb --fsys-tarfile "$assets"/debs/*.deb | tar -x -O ./usr/bin/docker-registry >"$program.part"
+    rm -rf "$assets/debs"
+    chmod +x "$program.part"
+    mv "$program.part" "$program"
+}
+
 # The package sources of Debian 12 and its backports among apt's own, as sources of source packages, in a directory.
 list_source_packages() {
     local into=$1 file
@@ -384,6 +399,7 @@ case $mode in
     install_spice
     unpack_qemu_7_2
     unpack_sshd
+    unpack_registry
     fetch_stream_readers
     build_linux_guest
     install_libvirt

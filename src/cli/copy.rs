@@ -15,6 +15,9 @@ use crate::units::human_bytes;
 /// Every chunk is verified when it arrives, and the copy gets its name only when it is whole. Run the same command again
 /// after an interruption: it goes on where it stopped. Locations on other hosts are written ssh://USER@HOST:PORT/PATH, of
 /// which user and port may be left out, with /~/PATH for one in the home directory; your own ssh makes the connection, and vmstow has to be installed there. s3://BUCKET/KEY is an object of a store that speaks S3, http:// and https:// are files to be read.
+///
+/// oci://REGISTRY/NAME:TAG is an artifact in a registry of container images. Pieces that the registry has in that repository are not sent
+/// again, and the tag appears at the end. You are who you are to podman, skopeo and docker: their files of credentials are read.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct CopyArgs {
@@ -50,13 +53,17 @@ Examples:
   vmstow copy ssh://root@host2:2222/~/web01.stow web01.stow --bwlimit 20M
   vmstow copy web01.stow ssh://backup/srv/images/tuesday.stow --parent monday.stow
   vmstow copy web01.stow s3://images/web01.stow
+  vmstow copy web01.stow oci://registry.example/lab/web01:monday
 
 Environment:
   VMSTOW_SSH             the command that is used for ssh, with its options
   VMSTOW_REMOTE_PROGRAM  vmstow's path on the other host
   AWS_ENDPOINT_URL       the object store, if it is not Amazon's; AWS_REGION its region
   AWS_ACCESS_KEY_ID      the key, with AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN
-  AWS_PROFILE            the profile of ~/.aws/config and ~/.aws/credentials to use instead";
+  AWS_PROFILE            the profile of ~/.aws/config and ~/.aws/credentials to use instead
+  REGISTRY_AUTH_FILE     the file of credentials for registries, in place of the usual ones
+  SSL_CERT_FILE          certificates that are trusted, in place of the system's
+  VMSTOW_INSECURE_REGISTRIES  registries without TLS, HOST:PORT with commas between";
 
 pub(super) fn rate(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(['K', 'M', 'G', 'k', 'm', 'g']);

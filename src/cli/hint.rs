@@ -18,6 +18,8 @@ use crate::restore::{RestoreError, ServeError};
 use crate::run::RunError;
 use crate::save::SaveError;
 use crate::store::StoreError;
+#[cfg(feature = "oci")]
+use crate::store::registry::RegistryError;
 use crate::store::remote::RemoteError;
 use crate::store::web::WebError;
 use crate::stream::StreamError;
@@ -168,6 +170,10 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     if let Some(advice) = error.downcast_ref().and_then(web_advice) {
         return Some(advice);
     }
+    #[cfg(feature = "oci")]
+    if let Some(advice) = error.downcast_ref().and_then(registry_advice) {
+        return Some(advice.to_owned());
+    }
     if let Some(advice) = error.downcast_ref().and_then(foreign_advice) {
         return Some(advice);
     }
@@ -274,6 +280,35 @@ fn web_advice(error: &WebError) -> Option<String> {
         | WebError::Status { .. }
         | WebError::Nonsense { .. } => return None,
     })
+}
+
+#[cfg(feature = "oci")]
+fn registry_advice(error: &RegistryError) -> Option<&'static str> {
+    match error {
+        RegistryError::Unreachable { .. } => {
+            Some("run the command again once it can be reached: a copy goes on where it stopped")
+        }
+        RegistryError::NoRegistry { .. } => Some(
+            "SSL_CERT_FILE names certificates to be trusted, VMSTOW_INSECURE_REGISTRIES registries that have no TLS",
+        ),
+        RegistryError::Denied { user: None, .. } => Some(
+            "log in there with `podman login`, `skopeo login` or `docker login`; REGISTRY_AUTH_FILE names another file of credentials",
+        ),
+        RegistryError::Denied { .. } => {
+            Some("log in there as somebody who may, and with the right password")
+        }
+        RegistryError::NotFound { .. } => {
+            Some("`skopeo list-tags docker://REGISTRY/NAME` lists what is there")
+        }
+        RegistryError::Exists { .. } => Some("choose another tag, or give --replace"),
+        RegistryError::Gone { .. } => {
+            Some("copy the image there again: it was deleted, or thrown away by the registry")
+        }
+        RegistryError::OtherBytes { .. } => Some(
+            "copy the image to another registry from where it came: the storage of this one is damaged",
+        ),
+        _ => None,
+    }
 }
 
 fn configure_advice(error: &ConfigureError, image: &str) -> Option<String> {

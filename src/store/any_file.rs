@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+#[cfg(feature = "oci")]
+use super::registry::RegistryError;
 use super::remote::{Asker, RemoteError, RemoteFile};
 use super::web::WebError;
 use super::{FileSource, Location, StoreError};
@@ -36,8 +38,6 @@ impl FarFile for RemoteFile {
 /// # Errors
 /// [`StoreError::NotALocation`] for a path or a pipe; [`StoreError::NotBuilt`]; what the other side says.
 pub fn open_far(location: &Location) -> Result<Arc<dyn FarFile>> {
-    let there = location.to_string();
-    let not_built = |feature| StoreError::NotBuilt { feature, there };
     match location {
         Location::Path(_) | Location::Pipe => Err(StoreError::NotALocation {
             text: location.to_string(),
@@ -48,12 +48,15 @@ pub fn open_far(location: &Location) -> Result<Arc<dyn FarFile>> {
         #[cfg(feature = "s3")]
         Location::Object(there) => Ok(Arc::new(super::object::open_object(there)?)),
         #[cfg(not(feature = "s3"))]
-        Location::Object(_) => Err(not_built("s3").into()),
+        Location::Object(_) => Err(not_built("s3", location).into()),
         #[cfg(feature = "http")]
         Location::Web(url) => Ok(Arc::new(super::web::open_web(url)?)),
         #[cfg(not(feature = "http"))]
-        Location::Web(_) => Err(not_built("http").into()),
-        Location::Registry(_) => Err(not_built("oci").into()),
+        Location::Web(_) => Err(not_built("http", location).into()),
+        #[cfg(feature = "oci")]
+        Location::Registry(there) => Ok(Arc::new(super::registry::RegistryFile::open(there)?)),
+        #[cfg(not(feature = "oci"))]
+        Location::Registry(_) => Err(not_built("oci", location).into()),
     }
 }
 
@@ -61,6 +64,10 @@ pub fn open_far(location: &Location) -> Result<Arc<dyn FarFile>> {
 pub fn far_cause(error: &Error) -> Option<Error> {
     let far = |cause: &(dyn std::error::Error + 'static)| {
         let inner = cause.downcast_ref::<io::Error>()?.get_ref()?;
+        #[cfg(feature = "oci")]
+        if let Some(error) = inner.downcast_ref::<RegistryError>() {
+            return Some(error.clone().into());
+        }
         let web = inner.downcast_ref::<WebError>().cloned().map(Error::from);
         web.or_else(|| {
             inner
@@ -70,6 +77,15 @@ pub fn far_cause(error: &Error) -> Option<Error> {
         })
     };
     error.causes().find_map(far)
+}
+
+/// A place for which this program lacks the feature.
+#[cfg(not(all(feature = "http", feature = "oci", feature = "s3")))]
+fn not_built(feature: &'static str, location: &Location) -> StoreError {
+    StoreError::NotBuilt {
+        feature,
+        there: location.to_string(),
+    }
 }
 
 /// A file of this host, or of another place.

@@ -146,12 +146,37 @@ fn parse_object(text: &str) -> Option<ObjectLocation> {
 fn parse_registry(text: &str) -> Option<RegistryLocation> {
     let (registry, name) = text.split_once('/')?;
     let (repository, tag) = name.rsplit_once(':')?;
-    let is_clear = [registry, repository, tag].into_iter().all(is_word);
-    (is_clear && !tag.contains('/')).then(|| RegistryLocation {
+    let is_clear = is_host(registry) && repository.split('/').all(is_name_part) && is_tag(tag);
+    is_clear.then(|| RegistryLocation {
         registry: registry.to_owned(),
         repository: repository.to_owned(),
         tag: tag.to_owned(),
     })
+}
+
+/// Whether it is a host with or without a port: a host's name, an address, or one in brackets.
+fn is_host(text: &str) -> bool {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
+    !text.starts_with('-')
+        && text.chars().all(is_part)
+        && host_and_port(text).is_some_and(|(host, _)| !host.is_empty())
+}
+
+/// A part of a repository's name, as the OCI distribution specification has it.
+fn is_name_part(text: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    text.starts_with(is_plain)
+        && text.ends_with(is_plain)
+        && text.chars().all(|c| is_plain(c) || "._-".contains(c))
+        && !text.contains("..")
+}
+
+/// A tag, as the OCI distribution specification has it.
+fn is_tag(text: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.starts_with(is_plain)
+        && text.len() <= 128
+        && text.chars().all(|c| is_plain(c) || ".-".contains(c))
 }
 
 /// Whether a host and a file stand behind `http://`.
@@ -282,6 +307,28 @@ mod tests {
             assert!(location.is_far());
             assert_eq!(location.to_string(), text);
         }
+    }
+
+    #[test]
+    fn names_that_no_registry_takes_are_no_locations() {
+        for text in [
+            "oci://host/Upper:x",
+            "oci://host/name:a/b",
+            "oci://host/name:a?b",
+            "oci://host/../x:y",
+            "oci://host//x:y",
+            "oci://host/x-:y",
+            "oci://host/x:.y",
+            "oci://host/name@sha256:00",
+            "oci://host:port/x:y",
+            "oci://-host/x:y",
+            "oci://a@host/x:y",
+            "oci:///x:y",
+        ] {
+            assert!(text.parse::<Location>().is_err(), "{text}");
+        }
+        let there: Location = "oci://[::1]:5000/a/b__c/d-e.f:v1.0_x".parse().unwrap();
+        assert_eq!(there.to_string(), "oci://[::1]:5000/a/b__c/d-e.f:v1.0_x");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Where bytes live: files, pipes, files of other hosts and of the web, objects of object stores.
+//! Where bytes live: files, pipes, files of other hosts and of the web, objects of object stores, artifacts of registries.
 //!
 //! This module moves bytes and knows no format. A [`FileSink`] writes under a temporary name in the target's
 //! directory and takes the good name only when it is published; a [`PipeSink`] writes to a descriptor and keeps
@@ -12,6 +12,8 @@ mod location;
 pub mod object;
 mod part;
 mod pipe;
+#[cfg(feature = "oci")]
+pub mod registry;
 pub mod remote;
 mod surroundings;
 pub mod web;

@@ -16,6 +16,7 @@ use super::error::SuperviseError;
 use super::guard;
 use super::launch::spawn_detached;
 use crate::error::{Error, ErrorKind};
+use crate::store::far_cause;
 
 /// How long one may take until it is ready, where nobody waits for something else.
 const READY_TAKES: Duration = Duration::from_secs(30);
@@ -153,6 +154,9 @@ pub fn say_ready() {
 
 /// Says why it is not.
 pub fn say_failed(error: &Error) {
+    // An image is not damaged because it cannot be reached.
+    let root = far_cause(error);
+    let error = root.as_ref().unwrap_or(error);
     let mut facts = error.facts();
     facts.extend(error.causes().map(ToString::to_string));
     say(&Said::Failed(Failed {

@@ -14,6 +14,8 @@ mod notes;
 mod pace;
 mod parent;
 mod place;
+#[cfg(feature = "oci")]
+mod push;
 mod receive;
 mod serve;
 #[cfg(feature = "s3")]
@@ -168,6 +170,8 @@ fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyRepor
         Location::Ssh(there) => give(&source, there, request, progress),
         #[cfg(feature = "s3")]
         Location::Object(there) => upload::upload(&source, there, request, progress),
+        #[cfg(feature = "oci")]
+        Location::Registry(there) => push::push(&source, there, request, progress),
         other => Err(other.refused().into()),
     };
     let report = outcome.map_err(|error| source.failure().unwrap_or(error))?;

@@ -77,6 +77,14 @@ pub fn s3s_fs() -> PathBuf {
     existing("s3s-fs/bin/s3s-fs", "s3s-fs (from crates.io)")
 }
 
+/// A registry of container images.
+pub fn docker_registry() -> PathBuf {
+    existing(
+        "bin/docker-registry",
+        "docker-registry (Debian package docker-registry)",
+    )
+}
+
 /// The directory below which libvirt 9.0 is unpacked.
 pub fn libvirt_9() -> PathBuf {
     existing(

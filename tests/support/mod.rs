@@ -29,6 +29,7 @@ mod guest_memory;
 mod libvirtd;
 mod process;
 mod qmp;
+mod registry;
 mod restored;
 mod serial;
 mod servers;
@@ -46,6 +47,7 @@ pub use guest_memory::{MemoryRange, chunk_of, fill, fill_at, memory, scribbled, 
 pub use libvirtd::Libvirtd;
 pub use process::{Adopted, Process, processes_that_know};
 pub use qmp::Qmp;
+pub use registry::{Registry, RegistrySpec};
 pub use restored::Restored;
 pub use serial::{Mark, Serial};
 pub use servers::{ACCESS_KEY, SECRET_KEY, Server};
