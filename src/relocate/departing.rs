@@ -115,6 +115,10 @@ impl<'a> Departing<'a> {
         {
             self.why.get_or_insert(early.into());
         }
+        if self.progress.is_cancelled() && !is_unknown(&error) {
+            // Ctrl-C at a terminal ends ssh as well; that is no lost connection.
+            self.why = Some(PipelineError::Cancelled.into());
+        }
         let guest = self.departure.guest.clone();
         match (error.downcast_ref(), self.why.take()) {
             (Some(SaveError::NotSaved { left, .. }), Some(why)) => {
