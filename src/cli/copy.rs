@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::ui::Ui;
 use super::{About, Outcome};
+use crate::progress::Progress;
 use crate::store::remote::Peer;
 use crate::store::{Location, StoreError};
 use crate::transfer::{self, CopyReport, CopyRequest};
@@ -70,6 +71,11 @@ pub fn run(args: &CopyArgs, ui: &Ui) -> Outcome {
         bytes_per_second: args.bwlimit,
     };
     let report = transfer::copy(&request, ui).about(&args.source)?;
+    if report.lacks_parent {
+        ui.warn(
+            "the copy is a delta whose parent is not beside it: of its chunks only the checksums were looked at, not the digests",
+        );
+    }
     ui.answer(&report, human)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -12,10 +12,10 @@ use super::PipelineError;
 use super::fetch::{ChunkTable, MOST_AT_ONCE};
 use super::load::{Loader, grow};
 use crate::bytes::{ReadAt, WriteAt};
-use crate::container::{ChunkEntry, ContainerError};
+use crate::container::{ChunkEntry, ContainerError, Image};
 use crate::digest::Digest;
 use crate::progress::Progress;
-use crate::units::ChunkIndex;
+use crate::units::{ChunkIndex, FileOffset};
 
 /// Stored bytes that are asked for at once.
 const REQUEST_LEN: u64 = 1 << 20;
@@ -92,6 +92,7 @@ impl Queue<'_> {
     /// The next chunks, which lie beside each other; none when all are taken or somebody failed.
     fn take<R: ReadAt>(&self, table: &ChunkTable<'_, R>) -> Result<Vec<ChunkEntry>, PipelineError> {
         let mut entries: Vec<ChunkEntry> = Vec::new();
+        let image = table.image();
         if self.progress.is_cancelled() {
             return Err(PipelineError::Cancelled);
         }
@@ -102,8 +103,9 @@ impl Queue<'_> {
             }
             let entry = table.entry(*chunk)?;
             if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
-                let len = end_of(&entry).saturating_sub(first.stored_offset.0);
-                let is_beside = end_of(last) == entry.stored_offset.0;
+                let extent = image.extent(&entry);
+                let len = extent.end.saturating_sub(image.extent(first).start);
+                let is_beside = image.extent(last).end == extent.start;
                 if !is_beside || len > REQUEST_LEN || entries.len() == MOST_AT_ONCE {
                     break;
                 }
@@ -136,13 +138,6 @@ impl Queue<'_> {
     }
 }
 
-fn end_of(entry: &ChunkEntry) -> u64 {
-    entry
-        .stored_offset
-        .0
-        .saturating_add(u64::from(entry.stored_len))
-}
-
 /// One thread's buffers.
 #[derive(Default)]
 struct Worker {
@@ -161,16 +156,21 @@ impl Worker {
     ) -> Result<(), PipelineError> {
         loop {
             let entries = queue.take(table)?;
-            let Some(at) = entries.first().map(|entry| entry.stored_offset) else {
+            let image = table.image();
+            let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
                 return Ok(());
             };
-            let len: usize = entries.iter().map(|entry| entry.stored_len as usize).sum();
+            let (at, end) = (
+                FileOffset(image.extent(first).start),
+                image.extent(last).end,
+            );
+            let len = usize::try_from(end.saturating_sub(at.0)).unwrap_or(usize::MAX);
             queue.keep_to_rate(len)?;
             grow(&mut self.stored, len);
             source
                 .read_exact_at(&mut self.stored[..len], at.0)
                 .map_err(|source| ContainerError::Read { at, source })?;
-            self.check(&entries)?;
+            self.check(image, &entries)?;
             target
                 .write_all_at(&self.stored[..len], at.0)
                 .map_err(|source| ContainerError::Write { at, source })?;
@@ -178,22 +178,30 @@ impl Worker {
         }
     }
 
-    /// Holds the stored bytes of `entries` against checksums and digests.
-    fn check(&mut self, entries: &[ChunkEntry]) -> Result<(), ContainerError> {
+    /// Holds the stored bytes of `entries` against checksums and digests; of what follows a parent's chunk only the checksum is
+    /// looked at if there is no parent.
+    fn check<R: ReadAt>(
+        &mut self,
+        image: &Image<R>,
+        entries: &[ChunkEntry],
+    ) -> Result<(), ContainerError> {
         let mut begin = 0;
+        let mut whole = Vec::with_capacity(entries.len());
         for (entry, raw) in entries.iter().zip(&mut self.raw) {
-            let stored = &self.stored[begin..begin + entry.stored_len as usize];
-            begin += stored.len();
+            let extent = image.extent(entry);
+            let len = usize::try_from(extent.end - extent.start).unwrap_or(0);
+            let stored = &self.stored[begin..begin + len];
+            begin += len;
             grow(raw, entry.raw_len as usize);
-            self.loader
-                .unpack(entry, stored, &mut raw[..entry.raw_len as usize])?;
+            let raw = &mut raw[..entry.raw_len as usize];
+            match self.loader.unpack(image, entry, stored, raw) {
+                Ok(()) => whole.push((entry, &*raw)),
+                Err(ContainerError::NoParent { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
-        let raw: Vec<&[u8]> = entries
-            .iter()
-            .zip(&self.raw)
-            .map(|(entry, raw)| &raw[..entry.raw_len as usize])
-            .collect();
-        for (entry, digest) in entries.iter().zip(Digest::of_each(&raw)) {
+        let raw: Vec<&[u8]> = whole.iter().map(|(_, raw)| *raw).collect();
+        for ((entry, _), digest) in whole.iter().zip(Digest::of_each(&raw)) {
             entry.check_digest(digest)?;
         }
         Ok(())

@@ -163,7 +163,7 @@ fn give(
 fn open(location: &Location) -> Result<AnyFile> {
     Ok(match location {
         Location::Path(path) => {
-            image::open(location)?;
+            image::open_alone(location)?;
             let file = FileSource::open(path)?;
             file.lock_shared(path)?;
             AnyFile::File(file)
