@@ -13,7 +13,7 @@ use std::process::Command;
 use sample_images::{delta_of, image_of};
 use serde_json::Value;
 use support::{
-    Guest, GuestSpec, OtherHost, PATIENCE, Qemu, TestDir, flip_bit, scribbled, write_memory,
+    Guest, GuestSpec, OtherHost, PATIENCE, Qemu, Serial, TestDir, flip_bit, scribbled, write_memory,
 };
 use vmstow::container::{ChunkEntry, ChunkKind, Image, Layout, ParentId};
 use vmstow::digest::Digest;
@@ -125,10 +125,43 @@ fn a_guest_goes_on_through_a_chain_of_deltas() {
     let before = serial.mark();
     let restored = dir.restore(&["c.stow"]);
     serial.assert_goes_on_to(&before, before.last_tick() + 16);
+    a_damaged_parent_leaves_the_guest_as_it_was(&dir, restored.name());
     drop(restored);
 
     stock_tools_get_nothing_but_words(&dir);
     one_chunk_is_a_patch_of_stock_zstd(&dir);
+}
+
+/// What the new save would follow is damaged: nothing is saved, and the guest counts on.
+fn a_damaged_parent_leaves_the_guest_as_it_was(dir: &TestDir, guest: &str) {
+    let of_parent = chunks(&dir.join("a.stow"));
+    let mut damaged: Vec<u64> = chunks(&dir.join("b.stow"))
+        .iter()
+        .filter_map(|entry| match entry.kind {
+            ChunkKind::Patched(twin) => Some(of_parent[usize::try_from(twin.0).unwrap()]),
+            _ => None,
+        })
+        .map(|entry| entry.stored_offset.0 + u64::from(entry.stored_len) / 2)
+        .collect();
+    damaged.sort_unstable();
+    damaged.dedup();
+    let flip = || {
+        for at in &damaged {
+            flip_bit(dir.join("a.stow"), *at, 5);
+        }
+    };
+    flip();
+    let serial = Serial::at(dir.join("guest.serial"));
+    let before = serial.mark();
+    let said = dir.refused(4, &["save", guest, "x.stow", "--parent", "c.stow"]);
+    let is_named = said.contains("the parent is damaged") && said.contains("checksum");
+    assert!(
+        is_named && said.contains("was not saved and runs on"),
+        "{said}"
+    );
+    serial.assert_goes_on(&before);
+    assert!(!dir.join("x.stow").exists());
+    flip();
 }
 
 fn stock_tools_get_nothing_but_words(dir: &TestDir) {

@@ -59,10 +59,8 @@ impl<R: ReadAt> Image<R> {
             max_chunk_len: self.table.max_chunk_len,
         };
         for ((index, bytes), position) in chunks.zip(bytes).zip((at..).step_by(CHUNK_ENTRY_LEN)) {
-            let twin = match &twins {
-                Some(twins) => Some(twins.get(entries.len()).copied().unwrap_or(NO_TWIN)),
-                None => None,
-            };
+            let twin = twins.as_ref();
+            let twin = twin.map(|twins| twins.get(entries.len()).copied().unwrap_or(NO_TWIN));
             let entry = rules.parse(
                 bytes,
                 index,

@@ -264,7 +264,12 @@ impl Blame for ContainerError {
                 at, stream_offset, ..
             } => Some(format!("file offset {at}, stream offset {stream_offset}")),
             E::TooShort { file_len } => Some(format!("{file_len} bytes")),
-            E::Twin { source, .. } => source.at().map(|at| format!("in the parent, {at}")),
+            E::Twin { parent, source, .. } => match **source {
+                E::Twin { .. } => source.at(),
+                _ => source
+                    .at()
+                    .map(|at| format!("in the parent {parent}, {at}")),
+            },
             E::EditOfTorn { valid_len, .. } => {
                 Some(format!("file offset {}", FileOffset(*valid_len)))
             }

@@ -57,7 +57,6 @@ fn write(
     let mut described = describe(&about.known(stream.machine_type.as_deref(), &stream.blocks));
     let encoding = request
         .encoding
-        .clone()
         .fitting(described.manifest.machine.memory_bytes);
     let identity = Identity {
         image_uuid: uuid::Uuid::new_v4(),

@@ -196,8 +196,7 @@ fn write_image(
         Some(described) => described.manifest.clone(),
         None => image.manifest()?,
     };
-    let encoding = request.encoding.clone();
-    let encoding = encoding.fitting(manifest.machine.memory_bytes);
+    let encoding = request.encoding.fitting(manifest.machine.memory_bytes);
     let keeps_stream = pipeline::keeps_stream(image.layout(), encoding.layout);
     let max_chunk_len = match keeps_stream {
         true => image.max_chunk_len(),

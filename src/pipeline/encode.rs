@@ -34,11 +34,13 @@ pub struct Encoding {
 impl Encoding {
     /// The same for a guest of this many bytes of memory: larger chunks where the chunk table would become too large to
     /// be kept in memory while the image is written.
-    pub fn fitting(mut self, memory_bytes: u64) -> Self {
-        while memory_bytes / self.chunk_len as u64 > MAX_CHUNKS && self.chunk_len < MAX_CHUNK_LEN {
-            self.chunk_len *= 2;
+    pub fn fitting(&self, memory_bytes: u64) -> Self {
+        let mut fitting = self.clone();
+        let is_too_small = |len: usize| memory_bytes / len as u64 > MAX_CHUNKS;
+        while is_too_small(fitting.chunk_len) && fitting.chunk_len < MAX_CHUNK_LEN {
+            fitting.chunk_len *= 2;
         }
-        self
+        fitting
     }
 
     /// Begins an image of this encoding.

@@ -237,6 +237,8 @@ impl Blame for PipelineError {
     fn at(&self) -> Option<String> {
         match self {
             PipelineError::Container(error) => error.at(),
+            // It says by itself in which image.
+            PipelineError::Parent(error @ ContainerError::Twin { .. }) => error.at(),
             PipelineError::Parent(error) => error.at().map(|at| format!("in the parent, {at}")),
             PipelineError::Stream(error) => error.at(),
             PipelineError::ElementTooLong { at, .. }

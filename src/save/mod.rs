@@ -284,10 +284,7 @@ fn write_image(
     sink: &mut dyn Sink,
     progress: &dyn Progress,
 ) -> Result<SaveReport> {
-    let encoding = &request
-        .encoding
-        .clone()
-        .fitting(guest.description().memory_bytes);
+    let encoding = &request.encoding.fitting(guest.description().memory_bytes);
     let identity = Identity {
         image_uuid: Uuid::new_v4(),
         guest_uuid: guest.description().uuid,
