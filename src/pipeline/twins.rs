@@ -2,7 +2,7 @@
 //!
 //! One with the same digest, anywhere in the parent, first: then nothing has to be stored. Else the one that holds the same
 //! guest memory, which the parent's page map tells, or for device state the parent's. What is kept of the parent is small: 16
-//! bytes a chunk, and 4 for each 256 KiB of guest memory.
+//! bytes a chunk, and 8 for each 64 KiB of guest memory.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::digest::Digest;
 use crate::units::{ChunkIndex, PAGE_LEN, PageIndex, StreamOffset};
 
 /// For each so many pages of guest memory one chunk of the parent is known.
-const GRANULE_PAGES: u64 = 64;
+const GRANULE_PAGES: u64 = 16;
 
 /// What a new chunk holds, as far as that tells which chunk of the parent may be like it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,13 +112,27 @@ impl Twins {
                 let range = first_page / GRANULE_PAGES..end.div_ceil(GRANULE_PAGES);
                 let start = usize::try_from(range.start).ok()?;
                 let end = usize::try_from(range.end).ok()?.min(granules.len());
-                granules.get(start..end)?.iter().find_map(|chunk| *chunk)
+                most_of(granules.get(start..end)?)
             }
             Content::DeviceState => self.device_state,
             Content::Other => None,
         };
         found.map(|index| ChunkIndex(index.into()))
     }
+}
+
+/// The chunk that has most of these granules, the first of several: QEMU's migration cuts a region in two where its time is over.
+fn most_of(granules: &[Option<u32>]) -> Option<u32> {
+    let runs = granules.chunk_by(|before, next| before == next);
+    let mut most: Option<(usize, u32)> = None;
+    for run in runs {
+        if let Some(chunk) = run.first().copied().flatten()
+            && most.is_none_or(|(len, _)| run.len() > len)
+        {
+            most = Some((run.len(), chunk));
+        }
+    }
+    most.map(|(_, chunk)| chunk)
 }
 
 /// The first eight bytes, to look for it with.
@@ -183,5 +197,18 @@ impl TwinReader {
         self.loader.load(twins.parent.as_ref(), entry, raw)?;
         entry.check_digest(Digest::of(raw))?;
         Ok(raw)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_region_in_two_chunks_the_longer_one_is_taken() {
+        assert_eq!(most_of(&[]), None);
+        assert_eq!(most_of(&[None, None]), None);
+        assert_eq!(most_of(&[Some(3), None, Some(4), Some(4)]), Some(4));
+        assert_eq!(most_of(&[Some(3), Some(3), Some(4), Some(4)]), Some(3));
     }
 }

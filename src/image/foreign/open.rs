@@ -34,7 +34,7 @@ const TEMPORARY_LEVEL: i32 = 1;
 /// those of what was read now.
 ///
 /// # Errors
-/// As [`open`]; [`ForeignError`]; what is wrong with the stream.
+/// As [`crate::image::open()`]; [`ForeignError`]; what is wrong with the stream.
 pub fn open_any(location: &Location, progress: &dyn Progress) -> Result<OpenedImage> {
     match find(location)? {
         Found::Image(opened) => opened.whole(),
