@@ -159,6 +159,51 @@ impl Decompressor {
     }
 }
 
+/// Makes the one frame that holds `raw` to whoever has `prefix`, as `zstd --patch-from=PREFIX` does: what is there as well is not
+/// stored. The frame states its content size and carries no checksum.
+///
+/// Long matches are found by zstd's own table for them, the rest as at `level` without a prefix.
+///
+/// # Errors
+/// [`CodecError::Compress`] if memory is short.
+pub fn compress_behind(prefix: &[u8], raw: &[u8], level: i32) -> Result<Vec<u8>, CodecError> {
+    let failed = |code| CodecError::Compress {
+        reason: zstd_safe::get_error_name(code).to_owned(),
+    };
+    let mut context = zstd_safe::CCtx::create();
+    let mut set = |parameter| context.set_parameter(parameter).map(drop).map_err(failed);
+    set(CParameter::CompressionLevel(level))?;
+    if level == 2 {
+        LEVEL_2.into_iter().try_for_each(&mut set)?;
+    }
+    // The window has to span both, or the prefix is forgotten on the way.
+    let span = (prefix.len() + raw.len()).max(1 << 10);
+    set(CParameter::WindowLog(span.next_power_of_two().ilog2()))?;
+    set(CParameter::EnableLongDistanceMatching(true))?;
+    context.ref_prefix(prefix).map_err(failed)?;
+    let mut frame = Vec::with_capacity(zstd_safe::compress_bound(raw.len()));
+    context.compress2(&mut frame, raw).map_err(failed)?;
+    Ok(frame)
+}
+
+/// Reads a frame of [`compress_behind`] into a buffer of exactly the expected length.
+///
+/// # Errors
+/// As [`Decompressor::decompress`]; with another prefix something else may come out instead.
+pub fn decompress_behind(prefix: &[u8], stored: &[u8], raw: &mut [u8]) -> Result<(), CodecError> {
+    let raw_len = raw.len();
+    check_frame(stored, raw_len)?;
+    let failed = |code| CodecError::Decompress {
+        reason: zstd_safe::get_error_name(code).to_owned(),
+    };
+    let mut context = zstd_safe::DCtx::create();
+    context.ref_prefix(prefix).map_err(failed)?;
+    match context.decompress(raw, stored).map_err(failed)? == raw_len {
+        true => Ok(()),
+        false => Err(CodecError::ContentLen { expected: raw_len }),
+    }
+}
+
 /// Whether `stored` is one frame that says that it decodes to `raw_len` bytes.
 fn check_frame(stored: &[u8], raw_len: usize) -> Result<(), CodecError> {
     let frame_len =
@@ -224,6 +269,32 @@ mod tests {
         compressor.compress(&one, &mut again).unwrap();
         compressor.compress(&two, &mut again).unwrap();
         assert_eq!(first, again);
+    }
+
+    #[test]
+    fn what_stands_in_the_prefix_is_not_stored_and_comes_out_again() {
+        let noise = |len: u32, salt: u32| -> Vec<u8> {
+            let bytes = (0..len).map(|i| {
+                let mixed = (i + salt).wrapping_mul(2_654_435_761);
+                (mixed ^ mixed >> 15)
+                    .wrapping_mul(0x2c1b_3c6d)
+                    .to_be_bytes()[0]
+            });
+            bytes.collect()
+        };
+        let prefix = noise(525_000, 0);
+        let mut raw = prefix.clone();
+        raw[200_000..204_096].copy_from_slice(&noise(4096, 1 << 25));
+        for level in [-5, 1, 2, 3, 9] {
+            let frame = compress_behind(&prefix, &raw, level).unwrap();
+            assert!(frame.len() < 4096 + 512, "level {level}: {}", frame.len());
+            let mut back = vec![0; raw.len()];
+            decompress_behind(&prefix, &frame, &mut back).unwrap();
+            assert_eq!(back, raw);
+            let mut wrong = vec![0; raw.len()];
+            let without = decompress_behind(&[], &frame, &mut wrong);
+            assert!(without.is_err() || wrong != raw);
+        }
     }
 
     #[test]

@@ -93,6 +93,11 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes)
 }
 
+/// The CRC-32C of what `first` is the checksum of, followed by the `second_len` bytes that `second` is the checksum of.
+pub fn crc32c_combine(first: u32, second: u32, second_len: usize) -> u32 {
+    crc32c::crc32c_combine(first, second, second_len)
+}
+
 /// The CRC-32C of what `crc` is the checksum of, followed by `bytes`.
 pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
     crc32c::crc32c_append(crc, bytes)

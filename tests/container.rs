@@ -11,12 +11,13 @@ use std::process::Command;
 
 use proptest::prelude::*;
 use sample_images::{
-    IDENTITY, XML, append, decode, edit, full_manifest, image_of, provisional_manifest, read_all,
-    short_manifest, small_image,
+    IDENTITY, XML, append, decode, delta, edit, full_manifest, image_of, open_delta,
+    parent_and_delta, provisional_manifest, read_all, read_image, short_manifest, small_image,
 };
+use vmstow::codec::compress_behind;
 use vmstow::container::{
-    ContainerError, Edit, Head, Image, ImageWriter, Layout, Manifest, SectionType, layout,
-    parse_head, working_set_payload,
+    ChunkKind, ContainerError, Edit, Head, Image, ImageWriter, Layout, Manifest, SectionType,
+    layout, parse_head, working_set_payload,
 };
 use vmstow::digest::{Digest, crc32c};
 use vmstow::error::{Blame, ErrorKind};
@@ -313,6 +314,157 @@ fn no_flipped_bit_is_accepted() {
 }
 
 #[test]
+fn no_flipped_bit_of_a_delta_is_accepted() {
+    let (parent, mut file) = parent_and_delta();
+    edit(&mut file, "<domain/>");
+    let read = |file: &[u8]| open_delta(&parent, file).and_then(|image| read_image(&image));
+    read(&file).unwrap();
+    for position in 0..file.len() {
+        for bit in 0..8 {
+            file[position] ^= 1 << bit;
+            let error = read(&file).expect_err("a flipped bit");
+            assert_eq!(
+                error.kind(),
+                ErrorKind::Image,
+                "bit {bit} of byte {position}: {error}"
+            );
+            file[position] ^= 1 << bit;
+        }
+    }
+    // Without its parent it gives out nothing.
+    let error = read_all(&file).unwrap_err();
+    assert!(matches!(error, ContainerError::NoParent { .. }), "{error}");
+}
+
+#[test]
+fn a_delta_has_the_digest_of_its_full_image_and_a_torn_edit_of_it_is_found() {
+    let (parent, first) = parent_and_delta();
+    let stream = read_image(&open_delta(&parent, &first).unwrap()).unwrap();
+    let second: Vec<u8> = (0..200).map(|i| if i == 100 { 0 } else { i }).collect();
+    let chunks = [
+        b"QEVM first chunk".to_vec(),
+        second,
+        b"and one of its own".to_vec(),
+    ];
+    assert_eq!(stream, chunks.concat());
+    let full = image_of(Layout::Zstd, &chunks).1;
+    let image = Image::open(first.as_slice()).unwrap();
+    assert_eq!(image.image_digest(), full.image_digest);
+    assert_eq!(image.parent_name(), Some("parent.stow"));
+    assert_eq!(
+        image.parent_id(),
+        Some(Image::open(parent.as_slice()).unwrap().as_parent())
+    );
+
+    let mut file = first.clone();
+    edit(&mut file, "<domain/>");
+    for len in [first.len() + 1, file.len() - 1] {
+        let (image, torn) = Image::open_torn(&file[..len], None).unwrap();
+        assert_eq!(
+            (image.generation(), torn.valid_len),
+            (1, first.len() as u64)
+        );
+    }
+    let text = zstd::decode_all(first.as_slice());
+    let text = String::from_utf8(text.unwrap()).unwrap();
+    assert!(
+        text.contains(&image.parent_id().unwrap().to_string()),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_forged_delta_is_refused() {
+    let (parent, file) = parent_and_delta();
+    let read = |file: &[u8]| open_delta(&parent, file).and_then(|image| read_image(&image));
+    let forged = |section: SectionType, at: usize, bytes: &[u8]| {
+        let mut forger = Forger::new(file.clone());
+        let start = forger.start_of(section) + at;
+        forger.file[start..start + bytes.len()].copy_from_slice(bytes);
+        read(forger.seal(false)).unwrap_err()
+    };
+    let twins = layout::TWINS_FIXED_LEN + "parent.stow".len();
+    let entries = layout::CHUNK_TABLE_FIXED_LEN + 32;
+    let kind = layout::chunk_entry::KIND.start;
+    let (twin, table, footer) = (
+        SectionType::Twins,
+        SectionType::ChunkTable,
+        SectionType::Footer,
+    );
+    // Another twin, one that is not there, none.
+    for number in [1, 2, u32::MAX] {
+        let error = forged(twin, twins, &number.to_le_bytes());
+        assert_eq!(error.kind(), ErrorKind::Image, "{error}");
+    }
+    for (section, at, bytes) in [
+        (twin, layout::twins::TWIN_COUNT.start, &[4][..]),
+        (twin, layout::twins::NAME_LEN.start, &[10]),
+        (twin, 38, &[1]),
+        (twin, layout::TWINS_FIXED_LEN, b"/"),
+        (twin, layout::TWINS_FIXED_LEN, &[0xff]),
+        (table, entries + kind, &[3]),
+        (table, entries + kind, &[2]),
+        (table, entries + layout::chunk_entry::STORED_LEN.start, &[1]),
+        (table, entries + layout::chunk_entry::STORED_CRC.start, &[1]),
+        (table, entries + 64 + kind, &[4]),
+        (table, entries + 64 + kind, &[1]),
+        (footer, layout::footer::LAYOUT.start, &[2]),
+        (footer, layout::footer::INCOMPATIBLE.start, &[0]),
+        (footer, layout::footer::PARENT_UUID.start, &[0; 16]),
+        (footer, layout::footer::PARENT_UUID.start, &[0x33; 16]),
+        (footer, layout::footer::PARENT_DIGEST.start, &[0]),
+        (SectionType::Head, layout::head::INCOMPATIBLE.start, &[0]),
+    ] {
+        let error = forged(section, at, bytes);
+        assert_eq!(error.kind(), ErrorKind::Image, "{section} {at}: {error}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_delta_of_anything_gives_its_stream_back(
+        before in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 1..200), 1..6),
+        after in proptest::collection::vec((any::<u8>(), 0..3usize, any::<usize>()), 1..8),
+    ) {
+        let parent = image_of(Layout::Zstd, &before).0;
+        let id = Image::open(parent.as_slice()).unwrap().as_parent();
+        let chunks: Vec<_> = after.iter().map(|(byte, kind, twin)| {
+            let twin = twin % before.len();
+            let mut raw = before[twin].clone();
+            let index = ChunkIndex(twin as u64);
+            if *kind == 0 {
+                return (raw, ChunkKind::Same(index), Vec::new());
+            }
+            let len = raw.len();
+            raw[twin % len] ^= byte;
+            raw.push(*byte);
+            match kind {
+                1 => {
+                    let patch = compress_behind(&before[twin], &raw, 3).unwrap();
+                    (raw, ChunkKind::Patched(index), patch)
+                }
+                _ => {
+                    let whole = zstd::bulk::compress(&raw, 3).unwrap();
+                    (raw, ChunkKind::Zstd, whole)
+                }
+            }
+        }).collect();
+        let file = delta(0x44, id, &chunks);
+        let image = open_delta(&parent, &file).unwrap();
+        let raw: Vec<Vec<u8>> = chunks.into_iter().map(|(raw, ..)| raw).collect();
+        prop_assert_eq!(read_image(&image).unwrap(), raw.concat());
+        let full = image_of(Layout::Zstd, &raw).1;
+        prop_assert_eq!(image.image_digest(), full.image_digest);
+        let mut stream = Vec::new();
+        vmstow::pipeline::decode(&image, 2, &vmstow::progress::Silent, &mut |raw| {
+            stream.extend_from_slice(raw);
+            Ok(())
+        }).unwrap();
+        prop_assert_eq!(stream, raw.concat());
+    }
+}
+
+#[test]
 fn only_a_cut_behind_a_footer_is_accepted() {
     for layout in Layout::ALL {
         let first = small_image(layout).len();
@@ -383,33 +535,56 @@ fn hostile_fields_with_right_checksums_are_refused() {
             for structure in layout::TABLES {
                 for (name, position) in structure.fields {
                     for value in hostile_values(position.len()) {
-                        forge_and_read(&file, (structure.name, name), position, &value);
+                        let field = (structure.name, *name);
+                        forge_and_read(&file, field, position, &value, &read_all);
                     }
+                }
+            }
+        }
+    }
+    let (parent, delta) = parent_and_delta();
+    let mut edited = delta.clone();
+    edit(&mut edited, "<domain/>");
+    let read = |file: &[u8]| open_delta(&parent, file).and_then(|image| read_image(&image));
+    for file in [delta, edited] {
+        for structure in layout::TABLES {
+            for (name, position) in structure.fields {
+                for value in hostile_values(position.len()) {
+                    let field = (structure.name, *name);
+                    forge_and_read(&file, field, position, &value, &read);
                 }
             }
         }
     }
 }
 
+type Read<'a> = dyn Fn(&[u8]) -> Result<Vec<u8>, ContainerError> + 'a;
+
 /// Puts `value` into a field, with and without making the chunk table's digests right again, and reads the result.
-fn forge_and_read(file: &[u8], field: (&str, &str), position: &Range<usize>, value: &[u8]) {
+fn forge_and_read(
+    file: &[u8],
+    field: (&str, &str),
+    position: &Range<usize>,
+    value: &[u8],
+    read: &Read<'_>,
+) {
     for with_table in [false, true] {
         let mut forger = Forger::new(file.to_vec());
         for start in places(&forger, field.0) {
             forger.put(start, position.clone(), &value[..position.len()]);
         }
         let forged = forger.seal(with_table).to_vec();
-        let (read, largest) = largest_allocation(|| read_all(&forged));
+        let (stream, largest) = largest_allocation(|| read(&forged));
         assert!(
             largest <= 4 << 20,
             "{field:?} {value:x?}: {largest} bytes asked for"
         );
-        if let Ok(read) = read {
+        if let Ok(stream) = stream {
             assert!(
                 forged == file || FREE.contains(&field),
                 "{field:?} {value:x?} is accepted"
             );
-            assert_eq!(read, read_all(file).unwrap());
+            assert_eq!(stream, read(file).unwrap());
         }
         let _ = Image::open_torn(forged.as_slice(), None);
     }
@@ -460,6 +635,10 @@ fn places(forger: &Forger, structure: &str) -> Vec<usize> {
         "section" => vec![forger.start_of(SectionType::Xml)],
         "chunk_table" => vec![forger.start_of(SectionType::ChunkTable)],
         "chunk_entry" => vec![forger.start_of(SectionType::ChunkTable) + 128 + 64],
+        "page_map" | "page_run" if !has(SectionType::PageMap) => vec![],
+        "signature" if !has(SectionType::Signature) => vec![],
+        "twins" if !has(SectionType::Twins) => vec![],
+        "twins" => vec![forger.start_of(SectionType::Twins)],
         "page_map" => vec![forger.start_of(SectionType::PageMap)],
         "page_run" => vec![forger.start_of(SectionType::PageMap) + 56 + 15],
         "directory" => vec![forger.directory],
@@ -559,7 +738,7 @@ fn unknown_incompatible_features_are_refused_by_name_and_others_not() {
     let error = read_all(forger.seal(false)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "it needs features this program does not have: DELTA (bit 0), bit 4"
+        "it needs features this program does not have: bit 4"
     );
 
     let mut forger = Forger::new(small_image(Layout::Raw));
@@ -926,17 +1105,35 @@ fn an_independent_reader_gives_the_same_stream() {
 }
 
 #[test]
+fn an_independent_reader_finds_the_parent_of_a_delta() {
+    let directory = tempfile::tempdir().unwrap();
+    let (parent, file) = parent_and_delta();
+    let path = directory.path().join("delta.stow");
+    std::fs::write(&path, &file).unwrap();
+    std::fs::write(directory.path().join("other name.stow"), &parent).unwrap();
+    let stream = read_image(&open_delta(&parent, &file).unwrap()).unwrap();
+    assert_eq!(
+        independent_reader(&["extract".as_ref(), path.as_ref()]),
+        stream
+    );
+}
+
+#[test]
 fn an_independent_reader_accepts_and_refuses_the_same_files() {
     let mut files = Vec::new();
-    for layout in Layout::ALL {
-        let good = with_two_generations(layout);
+    let (parent, mut delta) = parent_and_delta();
+    edit(&mut delta, "<domain/>");
+    for good in Layout::ALL
+        .map(with_two_generations)
+        .into_iter()
+        .chain([delta])
+    {
         for position in (0..good.len()).step_by(79) {
             let mut flipped = good.clone();
             flipped[position] ^= 1 << (position % 8);
             files.push(flipped);
             files.push(good[..position].to_vec());
         }
-        files.push(small_image(layout));
         for structure in layout::TABLES {
             for (_, position) in structure.fields {
                 for value in hostile_values(position.len()).into_iter().take(3) {
@@ -950,7 +1147,9 @@ fn an_independent_reader_accepts_and_refuses_the_same_files() {
         }
         files.push(good);
     }
+    files.extend(Layout::ALL.map(small_image));
     let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("any name.stow"), &parent).unwrap();
     let paths: Vec<_> = (0..files.len())
         .map(|n| directory.path().join(n.to_string()))
         .collect();
@@ -963,7 +1162,11 @@ fn an_independent_reader_accepts_and_refuses_the_same_files() {
     let answer = String::from_utf8(independent_reader(&arguments)).unwrap();
     assert_eq!(answer.lines().count(), files.len());
     for (file, line) in files.iter().zip(answer.lines()) {
-        let ours = read_all(file);
+        let is_delta = Image::open(file.as_slice()).is_ok_and(|it| it.parent_id().is_some());
+        let ours = match is_delta {
+            true => open_delta(&parent, file).and_then(|image| read_image(&image)),
+            false => read_all(file),
+        };
         assert_eq!(
             ours.is_ok(),
             line.ends_with(": good"),

@@ -89,6 +89,7 @@ fn request(guest: &Guest, target: &Path, capture: Capture) -> SaveRequest {
             level: 1,
             chunk_len: 4 << 20, // few chunks, so that there are few steps
             threads: 2,
+            twins: None,
         },
         then: Then::Quit,
         live: None,

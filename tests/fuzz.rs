@@ -4,9 +4,12 @@
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "this is a test")]
 
+mod sample_images;
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use sample_images::{open_delta, parent_and_delta};
 use vmstow::config::domain_xml::read_identity;
 use vmstow::config::{Arguments, Remap, ResourceTable, RestoreContext, restore_arguments};
 use vmstow::container::Image;
@@ -121,6 +124,26 @@ fn the_image_reader_survives_anything() {
         if let Ok(piped) = PipedImage::begin(bytes) {
             let _ = piped.decode(&Silent, &mut |_| Ok(()));
         }
+    });
+}
+
+#[test]
+fn the_reader_of_deltas_survives_anything() {
+    let (parent, delta) = parent_and_delta();
+    let both = |bytes: &[u8], parent: &[u8]| {
+        let Ok(image) = open_delta(parent, bytes) else {
+            return;
+        };
+        let _ = image.problems();
+        let _ = pipeline::decode(&image, 1, &Silent, &mut |_| Ok(()));
+    };
+    fuzz(&[delta.clone(), parent.clone()], |bytes| {
+        both(bytes, &parent);
+        both(&delta, bytes);
+        if let Ok(image) = Image::open(bytes.to_vec()) {
+            let _ = pipeline::check(&image, 1, &Silent);
+        }
+        let _ = Image::open_torn(bytes.to_vec(), None);
     });
 }
 

@@ -136,6 +136,7 @@ fn encodings() -> Vec<Encoding> {
                 level: 1,
                 chunk_len,
                 threads: 2,
+                twins: None,
             });
         }
     }
@@ -184,6 +185,7 @@ fn chunks_grow_with_huge_guests_only() {
         level: 1,
         chunk_len: 256 << 10,
         threads: 2,
+        twins: None,
     };
     let chunk_len = |gib: u64| encoding.fitting(gib << 30).chunk_len;
     assert_eq!([1, 64, 128].map(chunk_len), [256 << 10; 3]);
@@ -202,6 +204,7 @@ fn neither_threads_nor_the_size_of_reads_change_a_byte_of_the_image() {
                 level: 3,
                 chunk_len: 64 << 10,
                 threads,
+                twins: None,
             };
             let one = image_of(&stream, &encoding(1), usize::MAX);
             for (threads, max_read) in [(1, 1009), (2, 65536), (7, 4097)] {
@@ -226,6 +229,7 @@ fn chunks_follow_regions_so_that_a_changed_page_changes_one_chunk() {
         level: 1,
         chunk_len: 64 << 10,
         threads: 2,
+        twins: None,
     };
     let data_page = {
         let mut parser = Parser::new();
@@ -280,6 +284,7 @@ fn damage_is_found_chunk_by_chunk_whether_or_not_the_bytes_are_wanted_and_by_any
             level: 1,
             chunk_len: 16 << 10,
             threads: 2,
+            twins: None,
         };
         let mut file = image_of(&stream, &encoding, usize::MAX);
         let image = Image::open(file.clone()).unwrap();
@@ -333,6 +338,7 @@ fn an_image_from_a_pipe_gives_its_stream_however_it_arrives() {
             level: 1,
             chunk_len: 64 << 10,
             threads: 2,
+            twins: None,
         };
         let file = image_of(&stream, &encoding, usize::MAX);
         assert!(begins_with_head(&file));
@@ -356,6 +362,7 @@ fn an_image_from_a_pipe_that_is_cut_or_changed_is_refused() {
         level: 1,
         chunk_len: 256 << 10,
         threads: 2,
+        twins: None,
     };
     let file = image_of(&stream, &encoding, usize::MAX);
     for len in (0..file.len()).step_by(61) {
@@ -406,6 +413,7 @@ fn a_full_disk_ends_the_encoding_however_much_of_the_stream_is_still_to_come() {
             level: 1,
             chunk_len: 4096,
             threads,
+            twins: None,
         };
         for left in [0, 5000, stream.len() / 2, stream.len() - 1] {
             let mut disk = FullDisk { left };

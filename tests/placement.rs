@@ -209,6 +209,7 @@ fn every_page_is_in_its_place_and_all_else_passed_on() {
                         level: 1,
                         chunk_len,
                         threads: 2,
+                        twins: None,
                     };
                     let image = saved(&stream, &encoding);
                     let (rest, maps) = place(&image, largest_only);

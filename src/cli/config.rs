@@ -91,7 +91,7 @@ fn assignment(text: &str) -> Result<(String, String), String> {
 /// Shows or changes.
 pub fn run(args: ConfigArgs, ui: &Ui) -> Outcome {
     let location = args.image;
-    let opened = image::open(&location).about(&location)?;
+    let opened = image::open_alone(&location).about(&location)?;
     match args.act {
         Act::Get { name, labels } => get(&opened, name, labels, ui).about(&location),
         Act::Set { values, remove } => set(opened, values, remove, ui).about(&location),
@@ -332,7 +332,7 @@ fn diff(opened: &OpenedImage, other: &Path, ui: &Ui) -> Result<ExitCode, Error> 
 /// The XML, and the labels if it is an image's.
 fn other_configuration(path: &Path) -> Result<(String, Option<BTreeMap<String, String>>), Error> {
     if path.as_os_str() != "-" {
-        match image::open(&Location::Path(path.to_owned())) {
+        match image::open_alone(&Location::Path(path.to_owned())) {
             Ok(opened) => {
                 let manifest = opened.image().manifest()?;
                 return Ok((opened.image().xml()?, Some(manifest.labels)));

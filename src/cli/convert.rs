@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
-use super::save::LayoutArg;
+use super::save::{LayoutArg, open_parent};
 use super::ui::{Ui, threads};
 use super::{About, Outcome};
 use crate::codec;
@@ -26,8 +26,8 @@ use crate::units::human_bytes;
 /// Make an image of another layout, or from and to what libvirt and QEMU write
 ///
 /// IN is an image, a libvirt save image (`virsh save`, all formats), or a migration stream of QEMU (`migrate file:`, also of
-/// the mapped-ram layout or compressed). Every chunk of an image is verified on the way; configuration and labels stay. The new
-/// image is signed by this host's key if the old one is signed by a key that you trust, or with --trust.
+/// the mapped-ram layout or compressed). Every chunk of an image is verified on the way; configuration and labels stay. Of a delta
+/// a full image is made, with the same digest, unless --parent names another one. The new image is signed by this host's key if the old one is signed by a key that you trust, or with --trust.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ConvertArgs {
@@ -67,6 +67,10 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "N", value_parser = threads)]
     threads: Option<usize>,
 
+    /// Make a delta of IMAGE: chunks that it has are not stored again. It is needed whenever the delta is read
+    #[arg(long, value_name = "IMAGE")]
+    parent: Option<Location>,
+
     /// Replace OUT if it exists
     #[arg(long, visible_alias = "force")]
     replace: bool,
@@ -76,6 +80,8 @@ const EXAMPLES: &str = "\
 Examples:
   vmstow convert web01.stow web01.core --to core
   vmstow convert web01.stow web01.map.stow --layout mapped
+  vmstow convert tuesday.stow tuesday-full.stow
+  vmstow convert tuesday-full.stow tuesday.stow --parent monday.stow
   vmstow convert web01.stow - --layout raw | qemu-system-x86_64 … -incoming fd:0
   vmstow convert /var/lib/libvirt/qemu/save/web01.save web01.stow --trust
   vmstow convert web01.stow web01.save --to libvirt --format raw
@@ -144,6 +150,7 @@ impl ConvertArgs {
         match () {
             () if self.layout.is_some() && !is(ToArg::Image) => Some("--layout"),
             () if self.trust && !is(ToArg::Image) => Some("--trust"),
+            () if self.parent.is_some() && !is(ToArg::Image) => Some("--parent"),
             () if self.format.is_some() && !is(ToArg::Libvirt) => Some("--format"),
             () if self.xml.is_some() && !is(ToArg::Image) && !is(ToArg::Libvirt) => Some("--xml"),
             () => None,
@@ -171,14 +178,16 @@ pub fn run(args: &ConvertArgs, ui: &Ui) -> Outcome {
     if let Some(form) = args.form() {
         return export(args, form, xml, ui);
     }
+    let layout = args.layout.unwrap_or(LayoutArg::Zstd).layout();
     let request = ConvertRequest {
         target: args.out.clone(),
         may_replace: args.replace,
         encoding: Encoding {
-            layout: args.layout.unwrap_or(LayoutArg::Zstd).layout(),
+            layout,
             level: args.level,
             chunk_len: pipeline::DEFAULT_CHUNK_LEN,
             threads: args.threads(),
+            twins: open_parent(args.parent.as_ref(), layout, &args.out, ui)?,
         },
         key: Some(SigningKey::load_or_create()?),
         is_vouched: args.trust,
@@ -186,6 +195,7 @@ pub fn run(args: &ConvertArgs, ui: &Ui) -> Outcome {
     };
     let report = match foreign::find(&args.image).about(&args.image)? {
         Found::Image(opened) => {
+            let opened = opened.whole().about(&args.image)?;
             warn_of_torn(&opened, ui);
             convert::convert(&opened, &request, ui)
         }

@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::ui::Ui;
 use super::{About, Outcome};
+use crate::progress::Progress;
 use crate::store::Location;
 use crate::transfer::{self, CopyParent, CopyReport, CopyRequest};
 use crate::units::human_bytes;
@@ -37,8 +38,8 @@ pub struct CopyArgs {
 
     /// An image of an earlier save of the guest, where the copy shall be: what that has does not come over
     ///
-    /// A path on the host of TARGET, for another host relative to TARGET's directory, or a location there. Without this the
-    /// best one is taken that lies beside TARGET (*.stow, or what is replaced) and is of the same guest.
+    /// A path on the host of TARGET, for another host relative to TARGET's directory, or a location there. Without this, in
+    /// copies between hosts, the best one is taken that lies beside TARGET (*.stow, or what is replaced) and is of the same guest.
     #[arg(long, value_name = "IMAGE", conflicts_with = "no_parent")]
     parent: Option<Location>,
 
@@ -95,6 +96,11 @@ pub fn run(args: &CopyArgs, ui: &Ui) -> Outcome {
         },
     };
     let report = transfer::copy(&request, ui).about(&args.source)?;
+    if report.lacks_parent {
+        ui.warn(
+            "the copy is a delta whose parent is not beside it: of its chunks only the checksums were looked at, not the digests",
+        );
+    }
     ui.answer(&report, human)?;
     Ok(ExitCode::SUCCESS)
 }

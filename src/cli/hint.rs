@@ -9,7 +9,7 @@ use crate::container::ContainerError;
 use crate::convert::ConvertError;
 use crate::error::{Error, ErrorKind};
 use crate::host::HostError;
-use crate::image::{ForeignError, ImageError};
+use crate::image::{ForeignError, ImageError, ParentError};
 use crate::memory::MemoryError;
 use crate::pipeline::PipelineError;
 use crate::qmp::QmpError;
@@ -46,6 +46,9 @@ pub fn headline(error: &Error, image: Option<&str>) -> String {
             format!("{image} cannot be read by this program: {error}")
         }
         Some(ContainerError::Write { .. }) => format!("{image} could not be written"),
+        Some(ContainerError::Twin { .. }) => {
+            format!("a parent of {image} is damaged: {error}")
+        }
         Some(_) if error.downcast_ref::<SaveError>().is_none() => {
             format!("{image} is damaged: {error}")
         }
@@ -134,6 +137,9 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     if let Some(first) = explanations(error).into_iter().next() {
         return Some(first.remedy);
     }
+    if let Some(advice) = error.downcast_ref().and_then(parent_advice) {
+        return Some(advice.to_owned());
+    }
     let configure = error.downcast_ref();
     if let Some(advice) = configure.and_then(|error| configure_advice(error, image)) {
         return Some(advice);
@@ -141,6 +147,15 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     match (error.downcast_ref(), error.downcast_ref()) {
         (Some(MemoryError::NoRegisters), _) => {
             return Some("give the root of the page tables with --cr3".to_owned());
+        }
+        (_, Some(PipelineError::PipedDelta)) => {
+            return Some("write it to a file beside its parent first".to_owned());
+        }
+        (_, Some(PipelineError::Parent(_))) => {
+            return Some(
+                "save without --parent, or name another one; `vmstow verify` tells which is whole"
+                    .to_owned(),
+            );
         }
         (_, Some(PipelineError::NoMemory { .. })) => {
             return Some(format!(
@@ -311,6 +326,21 @@ fn registry_advice(error: &RegistryError) -> Option<&'static str> {
     }
 }
 
+fn parent_advice(error: &ParentError) -> Option<&'static str> {
+    Some(match error {
+        ParentError::Missing { .. } => {
+            "put that image beside it, under any name that ends in .stow, or name its directory with VMSTOW_PARENTS"
+        }
+        ParentError::TooLong { .. } => {
+            "make a full image of one of them with `vmstow convert`, and go on from that"
+        }
+        ParentError::Layout { .. } => "leave out --layout, or --parent",
+        ParentError::Replaced { .. } => "give the new image another name",
+        ParentError::SameSave => "name an earlier image as the parent",
+        ParentError::Pipe => "name a file as the parent",
+    })
+}
+
 fn configure_advice(error: &ConfigureError, image: &str) -> Option<String> {
     Some(match error {
         ConfigureError::SeenByGuest { .. } => {
@@ -400,8 +430,15 @@ fn container_advice(error: &ContainerError, image: &str) -> Option<String> {
         ContainerError::HashMismatch { .. }
         | ContainerError::ChunkCrc { .. }
         | ContainerError::NotAFrame { .. }
+        | ContainerError::DataSection { .. }
         | ContainerError::RawLength { .. } => {
             format!("copy the image again; `vmstow verify {image}` lists every damaged chunk")
+        }
+        ContainerError::Twin { .. } => format!(
+            "copy that parent again; `vmstow verify {image}` lists every chunk that lacks something"
+        ),
+        ContainerError::NoParent { .. } => {
+            "put the parent beside it, or name its directory with VMSTOW_PARENTS".to_owned()
         }
         ContainerError::UnsupportedVersion { .. }
         | ContainerError::UnknownIncompatible { .. }

@@ -165,6 +165,17 @@ fn human(description: &ImageDescription) -> String {
         ),
     );
     rows.row("digest", &description.image_digest);
+    if let Some(parent) = &description.parent {
+        let name = parent.name.as_deref().unwrap_or("of no known name");
+        rows.row(
+            "parent",
+            format!("{name}, image {}: this is a delta", parent.image_uuid),
+        );
+        match &parent.problem {
+            Some(problem) => rows.row("lacks", problem),
+            None => rows.row("", parent.found.join(" → ")),
+        }
+    }
     rows.row("trust", format!("it {}", description.trust));
     let ways = &description.restores;
     for (index, (way, name)) in [

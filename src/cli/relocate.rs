@@ -120,6 +120,7 @@ pub fn run(args: MoveArgs, ui: &Ui) -> Outcome {
             level: args.level,
             chunk_len: pipeline::DEFAULT_CHUNK_LEN,
             threads: args.threads.unwrap_or_else(pipeline::default_threads),
+            twins: None,
         },
         then: Then::Pause,
         live: None,

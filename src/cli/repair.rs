@@ -25,7 +25,7 @@ pub struct RepairArgs {
 /// Cuts, if there is something to cut.
 pub fn run(args: &RepairArgs, ui: &Ui) -> Outcome {
     let name = args.image.display();
-    let open = || image::open(&Location::Path(args.image.clone()));
+    let open = || image::open_alone(&Location::Path(args.image.clone()));
     if open().about(&name)?.torn().is_none() {
         return nothing_to_cut(args, ui);
     }

@@ -3,16 +3,19 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
 use super::ui::{Ui, threads};
-use super::{About, Outcome};
+use super::{About, Failure, Outcome};
 use crate::codec;
 use crate::container::Layout;
+use crate::error::Error;
 use crate::host::keys::SigningKey;
-use crate::pipeline::{self, Encoding};
+use crate::image::{Parent, ParentError};
+use crate::pipeline::{self, Encoding, Twins};
 use crate::progress::Progress;
 use crate::save::{self, Capture, Live, Plan, PlanReport, SaveReport, SaveRequest, Source, Then};
 use crate::store::{Location, StoreError};
@@ -34,6 +37,13 @@ pub struct SaveArgs {
     /// How the image is laid out
     #[arg(long, default_value = "zstd")]
     layout: LayoutArg,
+
+    /// Write a delta of IMAGE, an earlier save of the guest: only what it does not have is stored
+    ///
+    /// IMAGE is needed whenever the delta is read; it is looked for beside it, and in the directories that $VMSTOW_PARENTS names.
+    /// `vmstow convert` makes a full image of both.
+    #[arg(long, value_name = "IMAGE")]
+    parent: Option<Location>,
 
     /// zstd's level, -50 (fastest) to 19 (smallest)
     #[arg(long, value_name = "N", default_value_t = codec::DEFAULT_LEVEL, allow_negative_numbers = true,
@@ -96,6 +106,7 @@ const EXAMPLES: &str = "\
 Examples:
   vmstow save qmp:/run/web01.sock web01.stow
   vmstow save pid:4711 web01.stow --then resume --label ticket=1234
+  vmstow save web01 tuesday.stow --parent monday.stow
   vmstow save web01 - | ssh host 'cat > web01.stow'
 
 A QEMU started by hand needs a monitor: -qmp unix:/path/to/monitor.sock,server=on,wait=off";
@@ -157,16 +168,20 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
     } else {
         Some(SigningKey::load_or_create()?)
     };
+    let layout = args.layout.layout();
+    // Before the guest is touched.
+    let twins = open_parent(args.parent.as_ref(), layout, &args.image, ui)?;
     let program = super::this_program()?;
     let request = SaveRequest {
         source: args.source,
         target: args.image.clone(),
         may_replace: args.replace,
         encoding: Encoding {
-            layout: args.layout.layout(),
+            layout,
             level: args.level,
             chunk_len: pipeline::DEFAULT_CHUNK_LEN,
             threads: args.threads.unwrap_or_else(pipeline::default_threads),
+            twins,
         },
         capture: match args.capture {
             CaptureArg::Auto => Capture::Auto,
@@ -205,6 +220,29 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Opens the image of which a delta is to be made at `target`.
+pub fn open_parent(
+    parent: Option<&Location>,
+    layout: Layout,
+    target: &Location,
+    ui: &Ui,
+) -> Result<Option<Arc<Twins>>, Failure> {
+    let Some(location) = parent else {
+        return Ok(None);
+    };
+    if layout != Layout::Zstd {
+        let layout = layout.to_string();
+        return Err(Error::from(ParentError::Layout { layout }).into());
+    }
+    let parent = Parent::open(location, target).about(location)?;
+    if target.path().is_some() && !parent.is_beside(target) {
+        ui.warn(&format!(
+            "{location} lies elsewhere than the delta: readers find it only beside that, or with VMSTOW_PARENTS"
+        ));
+    }
+    Ok(Some(parent.twins))
+}
+
 fn args_resume_writes(request: &SaveRequest) -> bool {
     request.then == Then::Resume && request.live.is_none()
 }
@@ -219,8 +257,12 @@ fn saved(report: &SaveReport) -> String {
         "running" => "it runs on",
         _ => "it stays stopped",
     };
+    let delta = match report.parent_uuid {
+        Some(_) => "a delta of ",
+        None => "",
+    };
     format!(
-        "saved {} to {}: {} of memory in {}; {what} after {:.2} s\n",
+        "saved {} to {}: {} of memory in {delta}{}; {what} after {:.2} s\n",
         report.name,
         report.image,
         human_bytes(report.memory_bytes),

@@ -16,7 +16,8 @@ use crate::units::human_bytes;
 
 /// Prove that an image is whole
 ///
-/// Every byte is read and held against its digest; every damaged chunk is listed. Exit code 3 if anything is wrong.
+/// Every byte is read and held against its digest; every damaged chunk is listed. Of a delta's parents those chunks are read that it
+/// needs. Exit code 3 if anything is wrong.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     /// The image; - reads standard input
@@ -43,7 +44,7 @@ pub fn run(args: &VerifyArgs, ui: &Ui) -> Outcome {
         _ => Depth::Full,
     };
     let threads = args.threads.unwrap_or_else(pipeline::default_threads);
-    let opened = image::open(&args.image).about(&args.image)?;
+    let opened = image::open_alone(&args.image).about(&args.image)?;
     let report = inspect::verify(&opened, depth, threads, ui).about(&args.image)?;
     ui.answer(&report, human)?;
     Ok(if report.is_whole {
@@ -86,6 +87,14 @@ fn human(report: &VerifyReport) -> String {
             stream.ram_blocks.len(),
             stream.devices.join(", ")
         );
+    }
+    if !report.parents.is_empty() {
+        let parents = report.parents.join(", ");
+        let read = match report.depth {
+            Depth::Quick => "is there",
+            _ => "was read as far as it is needed",
+        };
+        let _ = writeln!(text, "it is a delta, all of whose chain {read}: {parents}");
     }
     let _ = writeln!(text, "it {}", report.trust);
     text

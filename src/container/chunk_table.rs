@@ -5,11 +5,13 @@
 use crate::digest::{Digest, Hasher, crc32c};
 use crate::units::{ChunkIndex, FileOffset, StreamOffset};
 
+use super::delta::TEXT_FRAME_LEN;
 use super::error::ContainerError;
 use super::footer::Footer;
 use super::layout::{
     CHUNK_ENTRY_LEN, CHUNK_TABLE_FIXED_LEN, ENTRIES_PER_PAGE, HASH_SHA256, Layout,
-    MAX_MAX_CHUNK_LEN, SectionType, array, chunk_entry, chunk_table, put, u32_at, u64_at,
+    MAX_MAX_CHUNK_LEN, NO_TWIN, SECTION_HEADER_LEN, SECTION_TRAILER_LEN, SectionType, array,
+    chunk_entry, chunk_table, put, u32_at, u64_at,
 };
 use super::zstd_frame;
 
@@ -20,10 +22,14 @@ pub enum ChunkKind {
     Zstd,
     /// The raw bytes themselves.
     Plain,
+    /// One zstd frame that follows the raw bytes of this chunk of the parent.
+    Patched(ChunkIndex),
+    /// Nothing is stored: it is this chunk of the parent.
+    Same(ChunkIndex),
 }
 
 impl ChunkKind {
-    /// The only kind that belongs to `layout`.
+    /// The only kind that belongs to a full image of `layout`.
     pub fn of(layout: Layout) -> Self {
         match layout {
             Layout::Zstd => ChunkKind::Zstd,
@@ -35,6 +41,39 @@ impl ChunkKind {
         match self {
             ChunkKind::Zstd => 1,
             ChunkKind::Plain => 2,
+            ChunkKind::Patched(_) => 3,
+            ChunkKind::Same(_) => 4,
+        }
+    }
+
+    /// The kind of this number in a delta, of a chunk whose twin has the number `twin`; `None` if they do not fit.
+    fn in_delta(number: u8, twin: u32) -> Option<Self> {
+        let index = ChunkIndex(twin.into());
+        match (number, twin) {
+            (1, NO_TWIN) => Some(ChunkKind::Zstd),
+            (_, NO_TWIN) => None,
+            (3, _) => Some(ChunkKind::Patched(index)),
+            (4, _) => Some(ChunkKind::Same(index)),
+            _ => None,
+        }
+    }
+
+    /// Whether it may be in a full image of `layout`, or in a delta.
+    pub(super) fn belongs_into(self, layout: Layout, is_delta: bool) -> bool {
+        match self {
+            ChunkKind::Patched(_) | ChunkKind::Same(_) => is_delta,
+            ChunkKind::Zstd | ChunkKind::Plain => self == ChunkKind::of(layout),
+        }
+    }
+
+    /// Whether so many stored bytes can be a chunk of `raw_len` bytes.
+    pub(super) fn allows(self, stored_len: u32, raw_len: u32) -> bool {
+        match self {
+            ChunkKind::Plain => stored_len == raw_len,
+            ChunkKind::Zstd | ChunkKind::Patched(_) => {
+                (1..=max_stored_len(raw_len.into())).contains(&stored_len.into())
+            }
+            ChunkKind::Same(_) => stored_len == 0,
         }
     }
 }
@@ -48,7 +87,7 @@ pub struct ChunkEntry {
     pub stored_offset: FileOffset,
     /// Where its raw bytes begin in the stream.
     pub stream_offset: StreamOffset,
-    /// Bytes in the file, at least 1.
+    /// Bytes in the file, at least 1 unless it is all the parent's.
     pub stored_len: u32,
     /// Bytes in the stream, at least 1.
     pub raw_len: u32,
@@ -76,7 +115,7 @@ impl ChunkEntry {
                 found,
             });
         }
-        if self.kind == ChunkKind::Zstd {
+        if matches!(self.kind, ChunkKind::Zstd | ChunkKind::Patched(_)) {
             let frame = zstd_frame::measure(stored, 0, u64::from(self.stored_len))
                 .ok()
                 .flatten();
@@ -333,17 +372,23 @@ pub(super) struct EntryRules<'a> {
 }
 
 impl EntryRules<'_> {
-    /// Parses entry `index`, which lies at file offset `at`, behind `previous` (`None`: unknown, or there is none).
+    /// Parses entry `index`, which lies at file offset `at`, behind `previous` (`None`: unknown, or there is none). `twin` is
+    /// what `TWIN` says of the chunk; `None` if the image is no delta.
     pub(super) fn parse(
         &self,
         bytes: &[u8; CHUNK_ENTRY_LEN],
         index: u64,
         at: FileOffset,
         previous: Option<&ChunkEntry>,
+        twin: Option<u32>,
     ) -> Result<ChunkEntry, ContainerError> {
         let chunk = ChunkIndex(index);
         let wrong = |field| ContainerError::WrongChunk { chunk, field, at };
-        let kind = ChunkKind::of(self.footer.layout);
+        let kind = match twin {
+            None => ChunkKind::of(self.footer.layout),
+            Some(twin) => ChunkKind::in_delta(bytes[chunk_entry::KIND.start], twin)
+                .ok_or_else(|| wrong("KIND"))?,
+        };
         let entry = ChunkEntry {
             index: chunk,
             stored_offset: FileOffset(u64_at(bytes, chunk_entry::STORED_OFFSET)),
@@ -366,19 +411,23 @@ impl EntryRules<'_> {
         if entry.raw_len == 0 || entry.raw_len > self.max_chunk_len {
             return Err(wrong("RAW_LEN"));
         }
-        if !self.has_possible_stored_len(&entry) {
+        if !kind.allows(entry.stored_len, entry.raw_len) {
             return Err(wrong("STORED_LEN"));
+        }
+        if entry.stored_len == 0 && entry.stored_crc != 0 {
+            return Err(wrong("STORED_CRC"));
         }
         self.check_place(&entry, previous).map_err(wrong)?;
         Ok(entry)
     }
 
-    fn has_possible_stored_len(&self, entry: &ChunkEntry) -> bool {
-        let raw_len = u64::from(entry.raw_len);
-        match entry.kind {
-            ChunkKind::Plain => entry.stored_len == entry.raw_len,
-            ChunkKind::Zstd => (1..=max_stored_len(raw_len)).contains(&u64::from(entry.stored_len)),
-        }
+    /// Where the next chunk's bytes may begin behind this one: in a delta a section lies around each.
+    fn end_of(&self, entry: &ChunkEntry) -> u64 {
+        let behind = match self.footer.is_delta() && entry.stored_len > 0 {
+            true => SECTION_TRAILER_LEN as u64,
+            false => 0,
+        };
+        entry.stored_end().saturating_add(behind)
     }
 
     /// Names the field that is wrong.
@@ -387,8 +436,11 @@ impl EntryRules<'_> {
         entry: &ChunkEntry,
         previous: Option<&ChunkEntry>,
     ) -> Result<(), &'static str> {
-        let payload_offset = self.footer.payload_offset.0;
+        let is_delta = self.footer.is_delta();
+        let text_len = if is_delta { TEXT_FRAME_LEN } else { 0 };
+        let payload_offset = self.footer.payload_offset.0.saturating_add(text_len);
         let end = entry.stored_offset.0.checked_add(entry.stored_len.into());
+        let end = end.map(|_| self.end_of(entry));
         let is_inside = entry.stored_offset.0 >= payload_offset
             && end.is_some_and(|end| {
                 self.footer
@@ -396,12 +448,19 @@ impl EntryRules<'_> {
                     .is_some_and(|payload_end| end <= payload_end)
             });
         let (stored_end, stream_end) = match previous {
-            Some(previous) => (Some(previous.stored_end()), Some(previous.stream_end())),
+            Some(previous) => (Some(self.end_of(previous)), Some(previous.stream_end())),
             None if entry.index.0 == 0 => (Some(payload_offset), Some(0)),
             None => (None, None),
         };
+        let header_len = match is_delta && entry.stored_len > 0 {
+            true => SECTION_HEADER_LEN as u64,
+            false => 0,
+        };
         let is_behind = stored_end.is_none_or(|stored_end| match self.footer.layout {
             Layout::Mapped => entry.stored_offset.0 >= stored_end,
+            Layout::Zstd if is_delta => {
+                stored_end.checked_add(header_len) == Some(entry.stored_offset.0)
+            }
             Layout::Zstd | Layout::Raw => entry.stored_offset.0 == stored_end,
         });
         if !is_inside || !is_behind {

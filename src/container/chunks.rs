@@ -10,7 +10,7 @@ use crate::units::{ChunkIndex, FileOffset, StreamOffset};
 
 use super::chunk_table::{ChunkEntry, EntryRules, PageDigests};
 use super::error::ContainerError;
-use super::layout::{CHUNK_ENTRY_LEN, ENTRIES_PER_PAGE, chunk_entry};
+use super::layout::{CHUNK_ENTRY_LEN, ENTRIES_PER_PAGE, NO_TWIN, chunk_entry};
 use super::reader::Image;
 use super::section::read_at;
 
@@ -50,6 +50,7 @@ impl<R: ReadAt> Image<R> {
         let expected = expected.ok_or(ContainerError::NoSuchChunk { chunk, chunk_count })?;
         let at = self.table_offset + self.table.entry_position(chunks.start);
         let bytes = self.read_page(at, chunks.end - chunks.start)?;
+        let twins = self.read_twins(&chunks)?;
         let mut digests = PageDigests::default();
         let mut entries: Vec<ChunkEntry> = Vec::new();
         let (bytes, _) = bytes.as_chunks::<CHUNK_ENTRY_LEN>();
@@ -58,11 +59,14 @@ impl<R: ReadAt> Image<R> {
             max_chunk_len: self.table.max_chunk_len,
         };
         for ((index, bytes), position) in chunks.zip(bytes).zip((at..).step_by(CHUNK_ENTRY_LEN)) {
+            let twin = twins.as_ref();
+            let twin = twin.map(|twins| twins.get(entries.len()).copied().unwrap_or(NO_TWIN));
             let entry = rules.parse(
                 bytes,
                 index,
                 FileOffset(position),
                 entries.last().or(previous.as_ref()),
+                twin,
             )?;
             digests.push(entry.raw_len, &entry.raw_digest);
             entries.push(entry);
@@ -160,11 +164,14 @@ impl<R: ReadAt> Image<R> {
     /// [`ContainerError::ChunkCrc`]; [`ContainerError::NotAFrame`]; [`ContainerError::Read`].
     pub fn read_stored(&self, entry: &ChunkEntry, buf: &mut Vec<u8>) -> Result<(), ContainerError> {
         self.check_place(entry)?;
+        if self.footer.is_delta() {
+            return self.read_data_section(entry, buf);
+        }
         buf.resize(entry.stored_len as usize, 0);
         self.read_stored_into(entry, buf)
     }
 
-    /// As [`Image::read_stored`], into a buffer of exactly the stored length.
+    /// As [`Image::read_stored`], into a buffer of exactly the stored length. The section around a chunk of a delta is not looked at.
     ///
     /// # Errors
     /// As [`Image::read_stored`].
@@ -181,7 +188,7 @@ impl<R: ReadAt> Image<R> {
     /// Nothing is read, and no memory taken, for bytes outside the payload.
     fn check_place(&self, entry: &ChunkEntry) -> Result<(), ContainerError> {
         let end = self.footer.payload_end();
-        match end.is_some_and(|end| entry.stored_end() <= end) {
+        match end.is_some_and(|end| self.extent(entry).end <= end) {
             true => Ok(()),
             false => Err(ContainerError::WrongChunk {
                 chunk: entry.index,

@@ -146,7 +146,7 @@ pub(super) fn check_entries(
     footer: &Footer,
 ) -> Result<(), ContainerError> {
     check_tiling(entries, footer)?;
-    check_counts(entries, footer.layout)?;
+    check_counts(entries, footer)?;
     check_generations(entries, footer)
 }
 
@@ -211,27 +211,33 @@ fn follows(entry: &DirectoryEntry, end: u64) -> Result<u64, ContainerError> {
         .ok_or(too_long)
 }
 
-fn check_counts(entries: &[DirectoryEntry], layout: Layout) -> Result<(), ContainerError> {
+fn check_counts(entries: &[DirectoryEntry], footer: &Footer) -> Result<(), ContainerError> {
+    let layout = footer.layout;
     for section in SectionType::KNOWN {
         let count = entries
             .iter()
             .filter(|entry| entry.section == section && entry.is_live)
             .count();
-        if !section.allowed_live(layout).contains(&count) {
+        let allowed = section.allowed_live(layout, footer.is_delta());
+        if !allowed.contains(&count) {
             return Err(ContainerError::WrongCount { section, count });
         }
     }
-    let heads = entries
-        .iter()
-        .filter(|entry| entry.section == SectionType::Head)
-        .count();
-    match heads > usize::from(layout == Layout::Zstd) {
-        true => Err(ContainerError::WrongCount {
-            section: SectionType::Head,
-            count: heads,
-        }),
-        false => Ok(()),
+    // These are never superseded either.
+    for (section, most) in [
+        (SectionType::Head, usize::from(layout == Layout::Zstd)),
+        (SectionType::Twins, usize::from(footer.is_delta())),
+        (SectionType::Data, 0),
+    ] {
+        let count = entries
+            .iter()
+            .filter(|entry| entry.section == section)
+            .count();
+        if count > most {
+            return Err(ContainerError::WrongCount { section, count });
+        }
     }
+    Ok(())
 }
 
 /// Each generation but the last ends in its own `DIR ` and `FOOT`; only `DIR ` and `FOOT` end one.
@@ -247,7 +253,7 @@ fn check_generations(entries: &[DirectoryEntry], footer: &Footer) -> Result<(), 
         let behind_directory =
             previous.is_some_and(|previous| previous.section == SectionType::Directory);
         let is_footer = entry.section == SectionType::Footer;
-        let is_chunk_table = entry.section == SectionType::ChunkTable;
+        let is_chunk_table = matches!(entry.section, SectionType::ChunkTable | SectionType::Twins);
         if entry.generation != generation
             || is_footer != behind_directory
             || (is_chunk_table && generation > 1)

@@ -2,11 +2,14 @@
 
 use std::io;
 
+use uuid::Uuid;
+
 use crate::digest::Digest;
 use crate::error::{Blame, ErrorKind};
 use crate::units::{ChunkIndex, FileOffset, PageIndex, StreamOffset};
 
-use super::layout::{FORMAT_VERSION, INCOMPATIBLE_NAMES, Layout, SectionType};
+use super::delta::ParentId;
+use super::layout::{FORMAT_VERSION, INCOMPATIBLE_NAMES, Layout, MAX_DELTAS, SectionType};
 
 /// Why an image cannot be read, written or believed.
 #[derive(Debug, thiserror::Error)]
@@ -165,6 +168,24 @@ pub enum ContainerError {
     },
     #[error("bytes between two chunks are not zero")]
     PayloadGap { at: FileOffset },
+    #[error("the section around chunk {chunk} is damaged")]
+    DataSection { chunk: ChunkIndex, at: FileOffset },
+
+    #[error("the text before its chunks does not name its parent")]
+    TextFrame { at: FileOffset },
+    #[error("it is a delta, and its parent is not there: {parent}")]
+    NoParent { parent: ParentId },
+    #[error("it is not the parent of the delta, which is {expected}")]
+    OtherParent { expected: ParentId, found: ParentId },
+    #[error("it is the last of more than {MAX_DELTAS} deltas, each the parent of the next")]
+    ChainTooLong,
+    #[error("chunk {chunk} cannot be made from chunk {twin} of the parent {parent}")]
+    Twin {
+        chunk: ChunkIndex,
+        twin: ChunkIndex,
+        parent: Uuid,
+        source: Box<ContainerError>,
+    },
 
     #[error("the domain XML is not plain UTF-8 text without a DOCTYPE")]
     NotXml { at: FileOffset },
@@ -216,6 +237,7 @@ impl Blame for ContainerError {
                 ErrorKind::Failed
             }
             E::ChunkNotAllowed { .. } | E::SectionNotAllowed { .. } | E::Full => ErrorKind::Failed,
+            E::Twin { source, .. } => source.kind(),
             _ => ErrorKind::Image,
         }
     }
@@ -242,6 +264,12 @@ impl Blame for ContainerError {
                 at, stream_offset, ..
             } => Some(format!("file offset {at}, stream offset {stream_offset}")),
             E::TooShort { file_len } => Some(format!("{file_len} bytes")),
+            E::Twin { parent, source, .. } => match **source {
+                E::Twin { .. } => source.at(),
+                _ => source
+                    .at()
+                    .map(|at| format!("in the parent {parent}, {at}")),
+            },
             E::EditOfTorn { valid_len, .. } => {
                 Some(format!("file offset {}", FileOffset(*valid_len)))
             }
@@ -257,6 +285,7 @@ impl ContainerError {
         match self {
             E::ChunkCrc { chunk, .. } | E::NotAFrame { chunk, .. } => Some(*chunk),
             E::RawLength { chunk, .. } | E::HashMismatch { chunk, .. } => Some(*chunk),
+            E::DataSection { chunk, .. } | E::Twin { chunk, .. } => Some(*chunk),
             _ => None,
         }
     }
@@ -285,6 +314,8 @@ impl ContainerError {
             }
             E::WrongBlockList { at } | E::PageMissing { at, .. } => Some(*at),
             E::PayloadEndUnknown { at } | E::NoGeneration { at } => Some(*at),
+            E::DataSection { at, .. } | E::TextFrame { at } => Some(*at),
+            E::NoParent { .. } | E::OtherParent { .. } | E::ChainTooLong | E::Twin { .. } => None,
             E::TooShort { .. } | E::WrongCount { .. } | E::NoSuchChunk { .. } => None,
             E::NoSuchStreamOffset { .. } | E::EditOfTorn { .. } | E::ChunkNotAllowed { .. } => None,
             E::SectionNotAllowed { .. } | E::Full => None,

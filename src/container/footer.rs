@@ -8,10 +8,11 @@ use crate::digest::{Digest, Hasher};
 use crate::units::FileOffset;
 
 use super::Identity;
+use super::delta::ParentId;
 use super::error::{ContainerError, describe};
 use super::layout::{
-    FOOTER_LEN, FORMAT_VERSION, HASH_SHA256, IMAGE_DIGEST_PREFIX, Layout, SECTION_HEADER_LEN,
-    SectionType, array, footer, put, u32_at, u64_at,
+    DELTA, FOOTER_LEN, FORMAT_VERSION, HASH_SHA256, IMAGE_DIGEST_PREFIX, Layout,
+    SECTION_HEADER_LEN, SectionType, array, footer, put, u32_at, u64_at,
 };
 use super::section::{parse_section, section_type};
 
@@ -22,6 +23,8 @@ pub struct Footer {
     pub layout: Layout,
     /// Which save of which guest.
     pub identity: Identity,
+    /// Whose chunks it needs, if it is a delta.
+    pub parent: Option<ParentId>,
     /// Unknown bits: read, never edit.
     pub readonly_compatible: u64,
     /// Unknown bits are ignored.
@@ -84,6 +87,7 @@ impl Footer {
                 image_uuid: Uuid::from_bytes(array(bytes, footer::IMAGE_UUID)),
                 guest_uuid: guest_uuid(array(bytes, footer::GUEST_UUID)),
             },
+            parent: parent(bytes, at)?,
             readonly_compatible: u64_at(bytes, footer::READONLY_COMPATIBLE),
             compatible: u64_at(bytes, footer::COMPATIBLE),
             generation: u32_at(bytes, footer::GENERATION),
@@ -125,6 +129,15 @@ impl Footer {
             self.identity.image_uuid.as_bytes(),
         );
         put(&mut bytes, footer::GUEST_UUID, guest_uuid.as_bytes());
+        if let Some(parent) = self.parent {
+            let ParentId {
+                image_uuid,
+                image_digest,
+            } = parent;
+            put(&mut bytes, footer::INCOMPATIBLE, &DELTA.to_le_bytes());
+            put(&mut bytes, footer::PARENT_UUID, image_uuid.as_bytes());
+            put(&mut bytes, footer::PARENT_DIGEST, &image_digest.0);
+        }
         put(
             &mut bytes,
             footer::GENERATION,
@@ -174,6 +187,11 @@ impl Footer {
         bytes[SECTION_HEADER_LEN..FOOTER_LEN - 8].to_vec()
     }
 
+    /// Whether it is of use only with its parent.
+    pub fn is_delta(&self) -> bool {
+        self.parent.is_some()
+    }
+
     /// Where the payload ends and the sections begin; `None` if that is no file offset.
     pub(super) fn payload_end(&self) -> Option<u64> {
         self.payload_offset.0.checked_add(self.payload_len)
@@ -193,16 +211,13 @@ fn check_presence(bytes: &[u8; FOOTER_LEN], at: FileOffset) -> Result<(), Contai
     }
 }
 
-/// The fields that this version leaves zero, the parent's included.
+/// The fields that this version leaves zero; the parent's too, unless it is a delta.
 fn check_zero(bytes: &[u8; FOOTER_LEN], at: FileOffset) -> Result<(), ContainerError> {
-    let zero = [
-        37..40,
-        footer::PARENT_UUID,
-        footer::PARENT_DIGEST,
-        148..152,
-        272..504,
-    ];
-    for position in zero {
+    let parent = match u64_at(bytes, footer::INCOMPATIBLE) & DELTA {
+        0 => footer::PARENT_UUID.start..footer::PARENT_DIGEST.end,
+        _ => 0..0,
+    };
+    for position in [37..40, parent, 148..152, 272..504] {
         if bytes[position].iter().any(|byte| *byte != 0) {
             return Err(ContainerError::NotZero {
                 section: SectionType::Footer,
@@ -213,12 +228,37 @@ fn check_zero(bytes: &[u8; FOOTER_LEN], at: FileOffset) -> Result<(), ContainerE
     Ok(())
 }
 
-/// Refuses every incompatible bit: this program supports none.
-pub(super) fn check_features(bits: u64, at: FileOffset) -> Result<(), ContainerError> {
-    match bits {
-        0 => Ok(()),
+/// Refuses every incompatible bit but `DELTA`; whether that is set.
+pub(super) fn check_features(bits: u64, at: FileOffset) -> Result<bool, ContainerError> {
+    match bits & !DELTA {
+        0 => Ok(bits & DELTA != 0),
         bits => Err(ContainerError::UnknownIncompatible { bits, at }),
     }
+}
+
+/// The parent of a delta, which has layout `zstd` and is not its own parent.
+fn parent(bytes: &[u8; FOOTER_LEN], at: FileOffset) -> Result<Option<ParentId>, ContainerError> {
+    if u64_at(bytes, footer::INCOMPATIBLE) & DELTA == 0 {
+        return Ok(None);
+    }
+    let wrong = |field, found| ContainerError::WrongField {
+        section: SectionType::Footer,
+        field,
+        at,
+        found,
+    };
+    let layout = bytes[footer::LAYOUT.start];
+    if layout != Layout::Zstd.number() {
+        return Err(wrong("LAYOUT", layout.into()));
+    }
+    let image_uuid = array(bytes, footer::PARENT_UUID);
+    if image_uuid == [0; 16] || image_uuid == array(bytes, footer::IMAGE_UUID) {
+        return Err(wrong("PARENT_UUID", u64_at(&image_uuid, 0..8)));
+    }
+    Ok(Some(ParentId {
+        image_uuid: Uuid::from_bytes(image_uuid),
+        image_digest: Digest(array(bytes, footer::PARENT_DIGEST)),
+    }))
 }
 
 /// The layout of this number, in `section`.

@@ -8,8 +8,8 @@ use super::Identity;
 use super::error::ContainerError;
 use super::footer::{check_features, guest_uuid, parse_layout};
 use super::layout::{
-    FORMAT_VERSION, HEAD_FIXED_LEN, Layout, MAX_MANIFEST_LEN, MAX_MAX_CHUNK_LEN, MAX_XML_LEN,
-    SectionType, array, head, put, u32_at, u64_at,
+    DELTA, FORMAT_VERSION, HEAD_FIXED_LEN, Layout, MAX_MANIFEST_LEN, MAX_MAX_CHUNK_LEN,
+    MAX_XML_LEN, SectionType, array, head, put, u32_at, u64_at,
 };
 use super::section::parse_section;
 
@@ -27,6 +27,8 @@ pub struct Head<'a> {
 pub struct HeadFields {
     /// As in the footer.
     pub identity: Identity,
+    /// Whether the image is a delta: what follows is no guest.
+    pub is_delta: bool,
     /// No chunk of the payload decodes to more bytes.
     pub max_chunk_len: u32,
     /// Bytes of the provisional manifest.
@@ -47,7 +49,7 @@ impl HeadFields {
         if version != FORMAT_VERSION {
             return Err(ContainerError::UnsupportedVersion { version, at });
         }
-        check_features(u64_at(bytes, head::INCOMPATIBLE), at)?;
+        let is_delta = check_features(u64_at(bytes, head::INCOMPATIBLE), at)?;
         let layout = parse_layout(bytes[head::LAYOUT.start], section, at)?;
         if layout != Layout::Zstd {
             return Err(ContainerError::WrongField {
@@ -65,6 +67,7 @@ impl HeadFields {
                 image_uuid: uuid::Uuid::from_bytes(array(bytes, head::IMAGE_UUID)),
                 guest_uuid: guest_uuid(array(bytes, head::GUEST_UUID)),
             },
+            is_delta,
             max_chunk_len: u32_at(bytes, head::MAX_CHUNK_LEN),
             manifest_len: u32_at(bytes, head::MANIFEST_LEN),
             xml_len: u32_at(bytes, head::XML_LEN),
@@ -117,6 +120,8 @@ impl HeadFields {
             &FORMAT_VERSION.to_le_bytes(),
         );
         put(&mut bytes, head::LAYOUT, &[Layout::Zstd.number()]);
+        let incompatible = if self.is_delta { DELTA } else { 0 };
+        put(&mut bytes, head::INCOMPATIBLE, &incompatible.to_le_bytes());
         put(
             &mut bytes,
             head::IMAGE_UUID,
@@ -177,6 +182,7 @@ pub fn parse_head(bytes: &[u8]) -> Result<(HeadFields, Head<'_>), ContainerError
 /// [`ContainerError::TooLarge`] or [`ContainerError::WrongField`] if a part is larger than the format allows.
 pub(super) fn head_payload(
     identity: Identity,
+    is_delta: bool,
     max_chunk_len: u32,
     head: Head<'_>,
 ) -> Result<Vec<u8>, ContainerError> {
@@ -192,6 +198,7 @@ pub(super) fn head_payload(
     let (manifest_len, xml_len) = (len(head.manifest_json.len())?, len(head.xml.len())?);
     let fields = HeadFields {
         identity,
+        is_delta,
         max_chunk_len,
         manifest_len,
         xml_len,

@@ -19,8 +19,10 @@ pub const SECTION_HEADER_LEN: usize = 32;
 /// Bytes of a section behind its payload: `TOTAL_LEN` and `CRC`.
 pub const SECTION_TRAILER_LEN: usize = 8;
 
-/// Names of the incompatible feature bits, by bit number; §8. This program supports none of them.
+/// Names of the incompatible feature bits, by bit number; §8.
 pub const INCOMPATIBLE_NAMES: &[&str] = &["DELTA"];
+/// `INCOMPATIBLE` bit 0: the image is a delta, of use only with its parent; §16. The only one that this program supports.
+pub const DELTA: u64 = 1;
 
 /// Largest `XML ` payload; §4.
 pub const MAX_XML_LEN: u64 = 16 << 20;
@@ -37,6 +39,12 @@ pub const MAX_DIRECTORY_ENTRIES: u32 = 65536;
 pub const HASH_SHA256: u32 = 1;
 /// `ENTRIES_PER_PAGE` of the chunk table; §6.
 pub const ENTRIES_PER_PAGE: u32 = 4096;
+/// Most deltas in a chain, one the parent of the next; §16.
+pub const MAX_DELTAS: u32 = 16;
+/// Longest name of a parent; §16.
+pub const MAX_PARENT_NAME_LEN: usize = 255;
+/// In place of the number of a twin: the chunk has none; §16.
+pub const NO_TWIN: u32 = u32::MAX;
 /// Bytes before the image digest's fields; §8.
 pub const IMAGE_DIGEST_PREFIX: &[u8; 20] = b"vmstow image digest\0";
 
@@ -103,7 +111,9 @@ pub enum SectionType {
     Directory,
     /// `FOOT`: the footer.
     Footer,
-    /// `DATA`: reserved for deltas, refused by this version.
+    /// `TWIN`: the parent's chunks of a delta.
+    Twins,
+    /// `DATA`: a chunk of a delta; part of the payload, never in the directory.
     Data,
     /// A type this page does not name.
     Other([u8; 4]),
@@ -111,7 +121,7 @@ pub enum SectionType {
 
 impl SectionType {
     /// The types that this page names.
-    pub const KNOWN: [SectionType; 10] = [
+    pub const KNOWN: [SectionType; 11] = [
         SectionType::Head,
         SectionType::Xml,
         SectionType::Manifest,
@@ -121,6 +131,7 @@ impl SectionType {
         SectionType::WorkingSet,
         SectionType::Directory,
         SectionType::Footer,
+        SectionType::Twins,
         SectionType::Data,
     ];
 
@@ -136,6 +147,7 @@ impl SectionType {
             SectionType::WorkingSet => *b"WSET",
             SectionType::Directory => *b"DIR ",
             SectionType::Footer => *b"FOOT",
+            SectionType::Twins => *b"TWIN",
             SectionType::Data => *b"DATA",
             SectionType::Other(code) => code,
         }
@@ -158,14 +170,18 @@ impl SectionType {
         )
     }
 
-    /// How many live ones an image of `layout` may hold.
-    pub fn allowed_live(self, layout: Layout) -> Range<usize> {
+    /// How many live ones the directory of an image of `layout` may list.
+    pub fn allowed_live(self, layout: Layout, is_delta: bool) -> Range<usize> {
         match self {
+            SectionType::Twins if is_delta => 1..2,
             SectionType::Head if layout == Layout::Zstd => 1..2,
             SectionType::Head => 0..1,
             SectionType::Xml | SectionType::Manifest | SectionType::ChunkTable => 1..2,
             SectionType::PageMap | SectionType::WorkingSet => 0..2,
-            SectionType::Directory | SectionType::Footer | SectionType::Data => 0..1,
+            SectionType::Directory
+            | SectionType::Footer
+            | SectionType::Data
+            | SectionType::Twins => 0..1,
             SectionType::Signature | SectionType::Other(_) => 0..usize::MAX,
         }
     }
@@ -321,6 +337,12 @@ structures! {
     working_set {
         WORKING_SET_COUNT = 32..36;
     }
+
+    /// `TWIN`, from the section's start; §16.
+    twins {
+        TWIN_COUNT = 32..36;
+        NAME_LEN = 36..38;
+    }
 }
 
 /// Bytes of `HEAD` before its manifest.
@@ -341,6 +363,8 @@ pub const DIRECTORY_ENTRY_LEN: usize = 64;
 pub const FOOTER_LEN: usize = 512;
 /// Bytes of `SIGN` before its statement.
 pub const SIGNATURE_FIXED_LEN: usize = 40;
+/// Bytes of `TWIN` before the parent's name.
+pub const TWINS_FIXED_LEN: usize = 40;
 
 /// The `N` bytes at `position` of a structure that is known to be long enough.
 pub(super) fn array<const N: usize>(bytes: &[u8], position: Range<usize>) -> [u8; N] {

@@ -5,12 +5,15 @@
 //!
 //! Source: spec/container.md.
 
+use std::sync::Arc;
+
 use crate::bytes::ReadAt;
 use crate::digest::Digest;
 use crate::units::FileOffset;
 
 use super::Identity;
 use super::chunk_table::{TableHead, root};
+use super::delta::{KeptPages, ParentImage, TwinsHead, read_twins_head};
 use super::directory::{DirectoryEntry, check_entries, live_digest, parse_entries};
 use super::error::ContainerError;
 use super::footer::{Footer, image_digest};
@@ -33,6 +36,11 @@ pub struct Image<R: ReadAt> {
     pub(super) table: TableHead,
     pub(super) table_offset: u64,
     pub(super) page_digests: Vec<Digest>,
+    /// Of a delta.
+    pub(super) twins: Option<TwinsHead>,
+    /// Of a delta, when it was found.
+    pub(super) parent: Option<Arc<ParentImage>>,
+    pub(super) kept: KeptPages,
 }
 
 impl<R: ReadAt> Image<R> {
@@ -62,6 +70,12 @@ impl<R: ReadAt> Image<R> {
         let (table, page_digests) = read_table_head(&reader, &table_entry)?;
         check_agreement(&footer, &table, table_entry.offset)?;
         let table_offset = table_entry.offset.0;
+        let twins_entry = directory
+            .iter()
+            .find(|entry| entry.section == SectionType::Twins);
+        let twins = twins_entry
+            .map(|entry| read_twins_head(&reader, entry, table.chunk_count))
+            .transpose()?;
         let image = Image {
             reader,
             footer,
@@ -69,6 +83,9 @@ impl<R: ReadAt> Image<R> {
             table,
             table_offset,
             page_digests,
+            twins,
+            parent: None,
+            kept: KeptPages::default(),
         };
         image.check_head()?;
         Ok(image)
@@ -320,6 +337,9 @@ impl<R: ReadAt> Image<R> {
         if head.identity.guest_uuid != self.footer.identity.guest_uuid {
             return Err(disagrees("GUEST_UUID"));
         }
+        if head.is_delta != self.footer.is_delta() {
+            return Err(disagrees("INCOMPATIBLE"));
+        }
         match head.max_chunk_len < self.table.max_chunk_len {
             true => Err(disagrees("MAX_CHUNK_LEN")),
             false => Ok(()),
@@ -418,9 +438,7 @@ fn check_unknown_sections<R: ReadAt + ?Sized>(
     reader: &R,
     directory: &[DirectoryEntry],
 ) -> Result<(), ContainerError> {
-    let is_unknown = |entry: &&DirectoryEntry| {
-        matches!(entry.section, SectionType::Other(_) | SectionType::Data)
-    };
+    let is_unknown = |entry: &&DirectoryEntry| matches!(entry.section, SectionType::Other(_));
     directory
         .iter()
         .filter(is_unknown)

@@ -59,7 +59,7 @@ impl FrameHeader {
     ///
     /// # Errors
     /// [`ContainerError::TooLarge`] if the section is longer than a zstd frame can be.
-    fn write(&self) -> Result<[u8; SECTION_HEADER_LEN], ContainerError> {
+    pub(super) fn write(&self) -> Result<[u8; SECTION_HEADER_LEN], ContainerError> {
         let frame_len = self.payload_len.checked_add(OVERHEAD - 8);
         let frame_len = frame_len.and_then(|len| u32::try_from(len).ok());
         let frame_len = frame_len.ok_or(ContainerError::TooLarge {
@@ -116,7 +116,7 @@ fn check_flags(
     let flags = u16_at(bytes, section::FLAGS);
     let version = u16_at(bytes, section::VERSION);
     let is_unknown = matches!(section, SectionType::Other(_));
-    if section == SectionType::Data || (is_unknown && flags & CRITICAL != 0) {
+    if is_unknown && flags & CRITICAL != 0 {
         return Err(ContainerError::UnknownCritical { section, at });
     }
     let expected = if section.is_critical() { CRITICAL } else { 0 };

@@ -119,6 +119,9 @@ impl<R: ReadAt> Image<R> {
         if earlier.identity != this.identity {
             return disagrees("IMAGE_UUID");
         }
+        if earlier.parent != this.parent {
+            return disagrees("PARENT_UUID");
+        }
         if (earlier.payload_offset, earlier.payload_len) != (this.payload_offset, this.payload_len)
         {
             return disagrees("PAYLOAD_LEN");
@@ -151,12 +154,16 @@ impl<R: ReadAt> Image<R> {
 
     /// Every page of the chunk table, and that the chunks fill the payload.
     fn check_table(&self, report: &mut Report<'_>) -> ControlFlow<()> {
+        if let Err(problem) = self.check_text_frame() {
+            report(problem)?;
+        }
         let mut raw_lens = Vec::new();
         let mut previous: Option<ChunkEntry> = None;
         for page in 0..self.table_page_count() {
             match self.table_page_behind(page, previous) {
                 Ok(entries) => {
                     self.check_gaps(&entries, previous, report)?;
+                    self.check_twins(&entries, report)?;
                     raw_lens.extend(entries.iter().map(|entry| entry.raw_len));
                     previous = entries.last().copied();
                 }
@@ -188,13 +195,26 @@ impl<R: ReadAt> Image<R> {
         let end = self.footer.payload_end().unwrap_or(u64::MAX);
         match self.footer.layout {
             Layout::Mapped => self.check_zeros(last.stored_end(), end, report),
-            _ if last.stored_end() == end => ControlFlow::Continue(()),
+            _ if self.extent(last).end == end => ControlFlow::Continue(()),
             _ => report(ContainerError::WrongChunk {
                 chunk,
                 field: "STORED_LEN",
                 at,
             }),
         }
+    }
+
+    /// That the parent has the chunks that a delta needs, if it was found.
+    fn check_twins(&self, entries: &[ChunkEntry], report: &mut Report<'_>) -> ControlFlow<()> {
+        if self.parent().is_none() {
+            return ControlFlow::Continue(());
+        }
+        for entry in entries {
+            if let Err(problem) = self.twin(entry) {
+                report(problem)?;
+            }
+        }
+        ControlFlow::Continue(())
     }
 
     /// Bytes between chunks, which only layout `mapped` has.

@@ -71,7 +71,8 @@ impl<R: ReadAt> Image<R> {
     }
 }
 
-/// Walks from `HEAD` over the zstd frames of the chunks to the first section behind them.
+/// Walks from `HEAD` over the zstd frames of the chunks, or the sections in which those of a delta lie, to the first
+/// section behind them.
 fn find_payload_end<R: ReadAt>(reader: &R, file_len: u64) -> Result<u64, ContainerError> {
     let at = FileOffset(0);
     let head = match read_header(reader, 0, file_len) {
@@ -91,7 +92,15 @@ fn find_payload_end<R: ReadAt>(reader: &R, file_len: u64) -> Result<u64, Contain
         }
         read_at(reader, &mut magic, position)?;
         if magic == FRAME_MAGIC {
-            return Ok(position);
+            // The chunks of a delta lie in sections.
+            match read_header(reader, position, file_len) {
+                Ok(header) if header.section == SectionType::Data => {
+                    position += header.total_len();
+                    continue;
+                }
+                Err(error @ ContainerError::Read { .. }) => return Err(error),
+                _ => return Ok(position),
+            }
         }
         let frame = zstd_frame::measure(reader, position, file_len);
         let frame = frame.map_err(|source| ContainerError::Read {

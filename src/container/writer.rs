@@ -1,7 +1,7 @@
 //! Appends an image to a sink: chunks, then sections, then directory and footer.
 //!
-//! Nothing is kept but 64 bytes a chunk and the directory. The order is fixed: `HEAD` (layout `zstd`), chunks, `XML `,
-//! `MANI`, `CHNK`, `PMAP`, `SIGN`, `DIR `, `FOOT`. To sync and to publish is left to the sink's owner.
+//! Nothing is kept but 64 bytes a chunk, in a delta 68, and the directory. The order is fixed: `HEAD` (layout `zstd`), chunks, `XML `,
+//! `MANI`, in a delta `TWIN`, `CHNK`, `PMAP`, `SIGN`, `DIR `, `FOOT`. To sync and to publish is left to the sink's owner.
 //!
 //! Source: spec/container.md.
 
@@ -10,9 +10,8 @@ use crate::digest::Digest;
 use crate::units::{ChunkIndex, FileOffset, StreamOffset};
 
 use super::Identity;
-use super::chunk_table::{
-    ChunkEntry, ChunkKind, PageDigests, TableHead, max_stored_len, page_count, root,
-};
+use super::chunk_table::{ChunkEntry, ChunkKind, PageDigests, TableHead, page_count, root};
+use super::delta::{ParentId, data_frame, text_frame, twin_number, twins_payload};
 use super::directory::{DirectoryEntry, check_entries, directory_payload, live_digest};
 use super::error::ContainerError;
 use super::footer::{Footer, image_digest};
@@ -24,7 +23,7 @@ use super::signature::statement;
 /// A chunk ready to be stored.
 #[derive(Debug, Clone, Copy)]
 pub struct StoredChunk<'a> {
-    /// What goes into the file: one zstd frame, or the raw bytes.
+    /// What goes into the file: one zstd frame, or the raw bytes, or nothing if it is the parent's chunk.
     pub stored: &'a [u8],
     /// Bytes of the stream it holds.
     pub raw_len: u32,
@@ -32,7 +31,7 @@ pub struct StoredChunk<'a> {
     pub stored_crc: u32,
     /// SHA-256 of the raw bytes.
     pub raw_digest: Digest,
-    /// Whether `stored` is a frame.
+    /// Whether `stored` is a frame, and what it follows.
     pub kind: ChunkKind,
 }
 
@@ -71,6 +70,7 @@ pub struct ImageWriter<'s> {
     out: SectionAppender<'s>,
     layout: Layout,
     identity: Identity,
+    delta: Option<Delta>,
     max_chunk_len: u32,
     payload_offset: u64,
     payload_end: u64,
@@ -93,6 +93,14 @@ impl std::fmt::Debug for ImageWriter<'_> {
     }
 }
 
+/// What is special about a delta that is written.
+struct Delta {
+    parent: ParentId,
+    parent_name: Option<String>,
+    /// For each chunk the number of its twin, as it goes into `TWIN`.
+    twins: Vec<u32>,
+}
+
 impl<'s> ImageWriter<'s> {
     /// Begins an image at the sink's start, which must be empty. `head` is used by layout `zstd` only.
     ///
@@ -102,6 +110,48 @@ impl<'s> ImageWriter<'s> {
         sink: &'s mut dyn Sink,
         layout: Layout,
         identity: Identity,
+        max_chunk_len: u32,
+        head: Head<'_>,
+    ) -> Result<Self, ContainerError> {
+        Self::begin_with(sink, layout, identity, None, max_chunk_len, head)
+    }
+
+    /// As [`ImageWriter::begin`], a delta of `parent`, whose file is called `parent_name`.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::begin`]; [`ContainerError::OtherParent`] if it would be its own parent.
+    pub fn begin_delta(
+        sink: &'s mut dyn Sink,
+        identity: Identity,
+        parent: ParentId,
+        parent_name: Option<String>,
+        max_chunk_len: u32,
+        head: Head<'_>,
+    ) -> Result<Self, ContainerError> {
+        if parent.image_uuid == identity.image_uuid || parent.image_uuid.is_nil() {
+            let (expected, found) = (parent, parent);
+            return Err(ContainerError::OtherParent { expected, found });
+        }
+        let delta = Delta {
+            parent,
+            parent_name,
+            twins: Vec::new(),
+        };
+        Self::begin_with(
+            sink,
+            Layout::Zstd,
+            identity,
+            Some(delta),
+            max_chunk_len,
+            head,
+        )
+    }
+
+    fn begin_with(
+        sink: &'s mut dyn Sink,
+        layout: Layout,
+        identity: Identity,
+        delta: Option<Delta>,
         max_chunk_len: u32,
         head: Head<'_>,
     ) -> Result<Self, ContainerError> {
@@ -129,15 +179,19 @@ impl<'s> ImageWriter<'s> {
         if layout == Layout::Zstd {
             out.append(
                 SectionType::Head,
-                &head_payload(identity, max_chunk_len, head)?,
+                &head_payload(identity, delta.is_some(), max_chunk_len, head)?,
             )?;
         }
         let payload_offset = out.position;
+        if let Some(delta) = &delta {
+            out.append_payload(&text_frame(identity.image_uuid, &delta.parent))?;
+        }
         let (entries, pages, stream_len, table) = (Vec::new(), PageDigests::default(), 0, None);
         Ok(ImageWriter {
             out,
             layout,
             identity,
+            delta,
             max_chunk_len,
             payload_offset,
             payload_end: payload_offset,
@@ -162,6 +216,12 @@ impl<'s> ImageWriter<'s> {
         let Some(stored_len) = self.allowed_stored_len(chunk) else {
             return Err(refused);
         };
+        let is_framed = self.delta.is_some() && stored_len > 0;
+        let frame = is_framed.then(|| data_frame(stored_len, chunk.stored_crc));
+        let frame = frame.transpose()?;
+        if let Some((before, _)) = &frame {
+            self.out.append_payload(before)?;
+        }
         let entry = ChunkEntry {
             index,
             stored_offset: FileOffset(self.out.position),
@@ -173,6 +233,12 @@ impl<'s> ImageWriter<'s> {
             raw_digest: chunk.raw_digest,
         };
         self.out.append_payload(chunk.stored)?;
+        if let Some((_, behind)) = &frame {
+            self.out.append_payload(behind)?;
+        }
+        if let (Some(delta), Some(twin)) = (&mut self.delta, twin_number(chunk.kind)) {
+            delta.twins.push(twin);
+        }
         self.note(&entry);
         Ok(index)
     }
@@ -180,16 +246,11 @@ impl<'s> ImageWriter<'s> {
     /// The stored length, if this chunk may be appended now.
     fn allowed_stored_len(&self, chunk: &StoredChunk<'_>) -> Option<u32> {
         let stored_len = u32::try_from(chunk.stored.len()).ok()?;
-        let is_length_right = match chunk.kind {
-            ChunkKind::Plain => stored_len == chunk.raw_len,
-            ChunkKind::Zstd => {
-                (1..=max_stored_len(chunk.raw_len.into())).contains(&stored_len.into())
-            }
-        };
         let is_allowed = self.table.is_none()
-            && chunk.kind == ChunkKind::of(self.layout)
+            && chunk.kind.belongs_into(self.layout, self.delta.is_some())
+            && twin_number(chunk.kind).is_some()
             && (1..=self.max_chunk_len).contains(&chunk.raw_len)
-            && is_length_right;
+            && chunk.kind.allows(stored_len, chunk.raw_len);
         is_allowed.then_some(stored_len)
     }
 
@@ -346,6 +407,18 @@ impl<'s> ImageWriter<'s> {
         };
         let payload_len = head.payload_len().ok_or(ContainerError::Full)?;
         let generation = self.out.generation;
+        if let Some(delta) = &self.delta {
+            let (fixed, len) = twins_payload(delta.parent_name.as_deref(), &delta.twins)?;
+            let (position, section) = (self.out.position, SectionType::Twins);
+            let mut writer = SectionWriter::begin(&mut *self.out.sink, position, section, len)?;
+            writer.write(&fixed)?;
+            for twins in delta.twins.chunks(16384) {
+                let bytes: Vec<u8> = twins.iter().flat_map(|it| it.to_le_bytes()).collect();
+                writer.write(&bytes)?;
+            }
+            let entry = writer.finish(generation)?;
+            self.out.took(entry);
+        }
         let mut writer =
             SectionWriter::begin(&mut *self.out.sink, self.out.position, section, payload_len)?;
         writer.write(&head.write())?;
@@ -385,6 +458,7 @@ impl<'s> ImageWriter<'s> {
         let footer = Footer {
             layout: self.layout,
             identity: self.identity,
+            parent: self.delta.as_ref().map(|delta| delta.parent),
             readonly_compatible: 0,
             compatible: 0,
             generation: 1,

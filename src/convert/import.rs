@@ -9,7 +9,7 @@
 use super::{ConvertError, ConvertReport, ConvertRequest, convert, publish, sign, with_sink};
 use crate::bytes::Sink;
 use crate::config::xml::Document;
-use crate::container::{Head, Identity, Image, ImageWriter};
+use crate::container::{Head, Identity, Image};
 use crate::error::Result;
 use crate::image::Origin;
 use crate::image::foreign::describe::{Described, Known, describe};
@@ -71,7 +71,7 @@ fn write(
         xml: &described.xml,
     };
     let max_chunk_len = encoding.max_chunk_len();
-    let mut image = ImageWriter::begin(sink, encoding.layout, identity, max_chunk_len, head)?;
+    let mut image = encoding.begin(sink, identity, max_chunk_len, head)?;
     let memory = stream.blocks.iter().map(|(_, len)| *len);
     progress.begin("converting", Some(memory.fold(0, u64::saturating_add)));
     let encoded = match pipeline::encode(&mut stream, &mut image, &encoding, progress) {

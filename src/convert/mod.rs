@@ -7,7 +7,8 @@
 //!
 //! XML, labels and all that a restore needs to know stay. Between `zstd` and `raw` the image digest stays too, and is
 //! held against the first; an image of layout `mapped` has a stream of its own, and the manifest names the digest of the
-//! image that it was made from. The new image is signed if, and only if, the old one was by somebody this user trusts or the
+//! image that it was made from. A delta is read with its parents, so what is made of it is a full image unless a delta of another
+//! parent is asked for. The new image is signed if, and only if, the old one was by somebody this user trusts or the
 //! user vouches for it.
 
 pub mod elf_core;
@@ -29,7 +30,7 @@ use crate::container::{
 use crate::error::Result;
 use crate::host::keys::SigningKey;
 use crate::image::foreign::describe::Described;
-use crate::image::{OpenedImage, Origin, Trust};
+use crate::image::{OpenedImage, Origin, ParentError, Trust};
 use crate::pipeline::{self, Encoded, Encoding, PipelineError};
 use crate::progress::Progress;
 #[cfg(feature = "s3")]
@@ -132,6 +133,10 @@ fn write(
     };
     problems.dedup();
     let is_image = opened.origin().is_image();
+    let twins = request.encoding.twins.as_ref();
+    if twins.is_some_and(|it| it.parent_id().image_uuid == image.identity().image_uuid) {
+        return Err(ParentError::SameSave.into());
+    }
     let source = Source {
         image,
         is_image,
@@ -214,7 +219,7 @@ fn write_image(
         xml: &xml,
     };
     let identity = image.identity();
-    let mut target = ImageWriter::begin(sink, encoding.layout, identity, max_chunk_len, head)?;
+    let mut target = encoding.begin(sink, identity, max_chunk_len, head)?;
     progress.begin("converting", Some(work_of(image, &manifest, keeps_stream)));
     let encoded = pipeline::recode(image, &mut target, &encoding, progress)?;
     progress.end();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::foreign::Origin;
 use super::foreign::libvirt::is_save_image;
+use super::parent::{FoundParents, ParentError, find_parents};
 use crate::bytes::ReadAt;
 use crate::container::layout::{FRAME_MAGIC, SECTION_MAGIC};
 use crate::container::{ContainerError, Image, SectionType, TornTail};
@@ -53,6 +54,7 @@ pub struct OpenedImage {
     torn: Option<TornTail>,
     origin: Origin,
     problems: Vec<String>,
+    parents: FoundParents,
 }
 
 impl OpenedImage {
@@ -69,11 +71,14 @@ impl OpenedImage {
             torn: None,
             origin,
             problems,
+            parents: FoundParents::default(),
         }
     }
 
-    fn of_image(image: Image<AnyFile>, location: &Location, torn: Option<TornTail>) -> Self {
+    /// An image; if it is a delta, its parents are looked for.
+    fn of_image(mut image: Image<AnyFile>, location: &Location, torn: Option<TornTail>) -> Self {
         OpenedImage {
+            parents: find_parents(&mut image, location),
             image,
             location: location.clone(),
             torn,
@@ -102,6 +107,27 @@ impl OpenedImage {
         &self.location
     }
 
+    /// Where the parents of a delta lie, nearest first; none if they were not found.
+    pub fn parents(&self) -> &[Location] {
+        &self.parents.places
+    }
+
+    /// Why the parents of a delta are not there.
+    pub fn lack(&self) -> Option<&ParentError> {
+        self.parents.lack.as_ref()
+    }
+
+    /// The image, if all is there that it needs.
+    ///
+    /// # Errors
+    /// [`ParentError`].
+    pub fn whole(self) -> Result<Self> {
+        match self.lack() {
+            Some(lack) => Err(lack.clone().into()),
+            None => Ok(self),
+        }
+    }
+
     /// What follows its last whole generation, if its last edit was cut off.
     pub fn torn(&self) -> Option<&TornTail> {
         self.torn.as_ref()
@@ -113,19 +139,31 @@ impl OpenedImage {
 /// Where the last edit was cut off, the generation before it is opened.
 ///
 /// # Errors
-/// What is wrong with the footer or the directory, [`ImageError::BareStream`], or what the file system says.
+/// What is wrong with the footer or the directory, [`ImageError::BareStream`], or what the file system says;
+/// [`ParentError`] for a delta without its parent.
 pub fn open(location: &Location) -> Result<OpenedImage> {
+    open_alone(location)?.whole()
+}
+
+/// As [`open`]; a delta may lack its parent, so that its chunks cannot be read.
+///
+/// # Errors
+/// As [`open`], but for [`ParentError`].
+pub fn open_alone(location: &Location) -> Result<OpenedImage> {
     match location {
         Location::Path(path) => open_source(FileSource::open(path)?, location),
-        Location::Pipe => open_pipe(&mut io::stdin().lock()),
+        Location::Pipe => {
+            let spooled = spool(&mut io::stdin().lock(), &std::env::temp_dir())?;
+            open_source(spooled, location)
+        }
         far => of_far(open_far(far)?, location),
     }
 }
 
-/// Opens an image that somebody elsewhere lets us read.
+/// Opens an image that somebody elsewhere lets us read. A delta's parent is not offered.
 ///
 /// # Errors
-/// As [`open`].
+/// As [`open_alone`].
 pub fn open_offered(file: Arc<dyn FarFile>) -> Result<OpenedImage> {
     of_far(file, &Location::Pipe)
 }
@@ -149,9 +187,10 @@ fn of_far(file: Arc<dyn FarFile>, location: &Location) -> Result<OpenedImage> {
 /// # Errors
 /// As [`open`].
 pub fn open_pipe(pipe: &mut dyn Read) -> Result<OpenedImage> {
-    open_source(spool(pipe, &std::env::temp_dir())?, &Location::Pipe)
+    open_source(spool(pipe, &std::env::temp_dir())?, &Location::Pipe)?.whole()
 }
 
+/// As [`open_alone`], of an open file.
 pub(super) fn open_source(source: FileSource, location: &Location) -> Result<OpenedImage> {
     let copy = source.file().try_clone().map_err(ImageError::Read)?;
     match Image::open(AnyFile::from(source)) {

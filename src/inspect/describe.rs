@@ -32,6 +32,9 @@ pub struct ImageDescription {
     pub stream_bytes: u64,
     /// Chunks that it lies in.
     pub chunks: u64,
+    /// Of a delta: whose chunks it needs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parent: Option<ParentDescription>,
     /// Whose it is.
     pub trust: Trust,
     /// In which ways it can be restored here.
@@ -42,6 +45,34 @@ pub struct ImageDescription {
     pub sections: Vec<SectionDescription>,
     /// Everything a restore needs to know.
     pub manifest: Manifest,
+}
+
+/// The parent of a delta.
+#[derive(Debug, Clone, Serialize)]
+pub struct ParentDescription {
+    /// Its UUID.
+    pub image_uuid: Uuid,
+    /// Its image digest.
+    pub image_digest: String,
+    /// The name of its file when the delta was written.
+    pub name: Option<String>,
+    /// Where it and its own parents lie, nearest first; none if they are not all there.
+    pub found: Vec<String>,
+    /// What lacks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+fn parent_of(opened: &OpenedImage) -> Option<ParentDescription> {
+    let parent = opened.image().parent_id()?;
+    let places = opened.parents().iter();
+    Some(ParentDescription {
+        image_uuid: parent.image_uuid,
+        image_digest: parent.image_digest.to_string(),
+        name: opened.image().parent_name().map(str::to_owned),
+        found: places.map(ToString::to_string).collect(),
+        problem: opened.lack().map(ToString::to_string),
+    })
 }
 
 /// One section.
@@ -91,6 +122,7 @@ pub fn describe(opened: &OpenedImage) -> Result<ImageDescription> {
         file_bytes: image.len(),
         stream_bytes: image.stream_len(),
         chunks: image.chunk_count(),
+        parent: parent_of(opened),
         trust,
         torn_bytes: opened.torn().map(|torn| torn.file_len - torn.valid_len),
         sections: sections.collect(),

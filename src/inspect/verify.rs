@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::bytes::ReadAt;
 use crate::container::{ContainerError, Image, Layout};
-use crate::error::{Error, Result};
+use crate::error::{Blame, Error, Result};
 use crate::image::{OpenedImage, Trust};
 use crate::pipeline::{self, PipelineError};
 use crate::progress::Progress;
@@ -35,6 +35,9 @@ pub struct VerifyReport {
     pub trust: Trust,
     /// What is wrong, in the file's order.
     pub problems: Vec<Problem>,
+    /// Where the parents of a delta lie, nearest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parents: Vec<String>,
     /// Chunks that were read and found right.
     pub chunks: u64,
     /// Bytes of the stream that were found right.
@@ -88,6 +91,12 @@ pub fn verify(
             at: Some(format!("file offset {:#x}", torn.valid_len)),
         });
     }
+    if let Some(lack) = opened.lack() {
+        let what = lack.to_string();
+        let at = lack.facts();
+        let at = (!at.is_empty()).then(|| at.join("; "));
+        problems.push(Problem { what, at });
+    }
     problems.extend(
         image
             .problems()
@@ -123,6 +132,7 @@ pub fn verify(
         is_whole: problems.is_empty(),
         trust,
         problems,
+        parents: opened.parents().iter().map(ToString::to_string).collect(),
         chunks: chunks.good,
         stream_bytes: chunks.good_bytes,
         stream,
@@ -167,7 +177,12 @@ impl Chunks {
         threads: usize,
         progress: &dyn Progress,
     ) -> Result<(), PipelineError> {
-        if depth == Depth::Deep && image.layout() != Layout::Mapped {
+        // Without its parent a delta has no stream.
+        let lacks_parent = image.parent_id().is_some() && image.parent().is_none();
+        if lacks_parent {
+            self.parser = None;
+        }
+        if depth == Depth::Deep && image.layout() != Layout::Mapped && !lacks_parent {
             return pipeline::examine(image, threads, progress, &mut |_, raw| {
                 self.visit(raw.map_err(|error| Problem::of_chunk(error, image)));
                 Ok(())
@@ -181,7 +196,7 @@ impl Chunks {
             .collect();
         checked.ended_by.map_or(Ok(()), Err)?;
         match depth {
-            Depth::Deep => self.look_at_mapped(image, threads, progress),
+            Depth::Deep if !lacks_parent => self.look_at_mapped(image, threads, progress),
             _ => Ok(()),
         }
     }

@@ -61,11 +61,13 @@ pub fn ways(opened: &OpenedImage, manifest: &Manifest, trust: &Trust) -> Result<
         });
     }
     let qemu = qemu_of(manifest, trust);
-    let no_qemu = qemu.as_ref().err().cloned();
+    let lacks_parent = opened.lack().map(|_| "it lacks its parent".to_owned());
+    let against_all = qemu.as_ref().err().cloned().into_iter().chain(lacks_parent);
+    let against_all: Vec<String> = against_all.collect();
     Ok(Ways {
-        eager: Way::unless(no_qemu.clone().into_iter().collect()),
+        eager: Way::unless(against_all.clone()),
         lazy: Way::unless(
-            no_qemu
+            against_all
                 .into_iter()
                 .chain(against_lazy(opened, manifest)?)
                 .collect(),

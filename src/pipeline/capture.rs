@@ -20,6 +20,7 @@ use super::encode::{Encoded, Encoding};
 use super::gather::{Counts, Gatherer};
 use super::region::{Region, StoppedBlock};
 use super::sealing::{Buffer, Sealed, Sealer, pool};
+use super::twins::Content;
 use super::{PipelineError, batch_len, mapped, window};
 use crate::container::{ImageWriter, Layout, PageMapBuilder};
 use crate::error::Error;
@@ -28,6 +29,7 @@ use crate::progress::Progress;
 use crate::stream::parser::MAX_ELEMENT_LEN;
 use crate::stream::writer::{before_pages, behind_pages};
 use crate::stream::{Parser, RamBlock, StreamSummary};
+use crate::units::ChunkIndex;
 
 /// The memory of a guest that does not run, and will not until it was captured.
 pub struct StoppedGuestMemory {
@@ -88,7 +90,7 @@ pub fn capture(
     thread::scope(|scope| {
         // A writer that failed takes its ends of the channels with it, or the workers would wait on them for ever.
         let writer = scope.spawn(move || gather_in_order(gatherer, &ordered, &free));
-        let captured = worker.send_other(&guest.before_pages());
+        let captured = worker.send_other(&guest.before_pages(), Content::Other);
         let workers: Vec<_> = (0..threads)
             .map(|_| {
                 let worker = worker.clone();
@@ -100,8 +102,8 @@ pub fn capture(
         });
         let device_sections = captured.map_err(Error::from).and_then(|()| {
             let sections = device_sections()?;
-            worker.send_other(&behind_pages(guest.ram_section))?;
-            worker.send_other(&sections)?;
+            worker.send_other(&behind_pages(guest.ram_section), Content::Other)?;
+            worker.send_other(&sections, Content::DeviceState)?;
             Ok(sections)
         });
         drop(worker);
@@ -197,8 +199,9 @@ impl<'a> Worker<'a> {
             if regions.is_empty() {
                 return Ok(());
             }
-            let raw: Vec<&[u8]> = regions.iter().map(|(.., raw)| raw.filled()).collect();
-            let sealed = sealer.seal_each(&raw)?;
+            let unsealed = regions.iter();
+            let unsealed = unsealed.map(|(_, region, raw)| (raw.filled(), self.twin_of(region)));
+            let sealed = sealer.seal_each(&unsealed.collect::<Vec<_>>())?;
             for ((turn, region, raw), sealed) in regions.into_iter().zip(sealed) {
                 self.send(turn, Done::Region(region, raw, sealed))?;
             }
@@ -234,13 +237,24 @@ impl<'a> Worker<'a> {
         Ok(regions)
     }
 
+    /// The parent's chunk of the same memory, if a delta is made.
+    fn twin_of(&self, region: &Region) -> Option<ChunkIndex> {
+        let idstr = &self.guest.blocks[region.block].block.idstr;
+        self.near(Content::Pages(idstr, region.first_page))
+    }
+
+    fn near(&self, content: Content<'_>) -> Option<ChunkIndex> {
+        let twins = self.encoding.twins.as_ref()?;
+        twins.near(content, self.encoding.chunk_len)
+    }
+
     /// Sends bytes that are no pages, in chunks.
-    fn send_other(&self, bytes: &[u8]) -> Result<(), PipelineError> {
+    fn send_other(&self, bytes: &[u8], content: Content<'_>) -> Result<(), PipelineError> {
         let mut sealer = Sealer::new(self.encoding);
         for bytes in bytes.chunks(self.encoding.chunk_len.max(MAX_ELEMENT_LEN)) {
             let mut buffer = self.buffer()?;
             buffer.push(bytes);
-            let sealed = sealer.seal(bytes)?;
+            let sealed = sealer.seal((bytes, self.near(content)))?;
             let turn = self.cursor()?.turn();
             self.send(turn, Done::Other(buffer, sealed))?;
         }

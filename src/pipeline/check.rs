@@ -28,6 +28,8 @@ pub struct Checked {
     pub good: u64,
     /// Their bytes in the stream.
     pub good_bytes: u64,
+    /// Chunks of a delta of which only the checksum of what is stored could be looked at: its parent is not there.
+    pub unproven: u64,
     /// What is wrong with each other chunk, in stream order.
     pub damaged: Vec<ContainerError>,
     /// Why it ended before the last chunk: a chunk table that cannot be read.
@@ -67,6 +69,7 @@ pub fn check<R: ReadAt>(
     for verdicts in verdicts {
         checked.good += verdicts.good;
         checked.good_bytes += verdicts.good_bytes;
+        checked.unproven += verdicts.unproven;
         damaged.extend(verdicts.damaged);
     }
     damaged.sort_by_key(|(chunk, _)| *chunk);
@@ -136,6 +139,7 @@ impl<R: ReadAt> Left<'_, R> {
 struct Verdicts {
     good: u64,
     good_bytes: u64,
+    unproven: u64,
     damaged: Vec<(ChunkIndex, ContainerError)>,
 }
 
@@ -180,6 +184,12 @@ impl<'a, R: ReadAt> Worker<'a, R> {
             rest = behind;
             match self.loader.load(self.image, entry, piece) {
                 Ok(()) => loaded.push((entry, piece)),
+                Err(ContainerError::NoParent { .. }) => {
+                    match self.loader.check_stored(self.image, entry) {
+                        Ok(()) => self.verdicts.unproven += 1,
+                        Err(error) => self.verdicts.damaged.push((entry.index, error)),
+                    }
+                }
                 Err(error) => self.verdicts.damaged.push((entry.index, error)),
             }
         }

@@ -50,7 +50,7 @@ pub fn depart<S: ReadAt>(
         progress,
     };
     let work = || {
-        let outcome = Worker::default().work_on(&queue, image.reader(), departure.give);
+        let outcome = Worker::default().work_on(&queue, image, departure.give);
         if outcome.is_err() {
             queue.is_over.store(true, Ordering::Relaxed);
         }
@@ -151,7 +151,7 @@ impl Worker {
     fn work_on<S: ReadAt>(
         &mut self,
         queue: &Queue<'_, S>,
-        source: &S,
+        image: &Image<S>,
         give: &(dyn Fn(u64, &[u8]) -> Result<()> + Sync),
     ) -> Result<()> {
         while let Some(part) = queue.take()? {
@@ -166,13 +166,15 @@ impl Worker {
                 return Err(ContainerError::Read { at, source }.into());
             }
             grow(&mut self.stored, at(end));
-            let read = source.read_exact_at(&mut self.stored[..at(end)], start);
+            let read = image
+                .reader()
+                .read_exact_at(&mut self.stored[..at(end)], start);
             read.map_err(|source| ContainerError::Read {
                 at: FileOffset(start),
                 source,
             })?;
             for chunks in part.chunks.chunks(MOST_AT_ONCE) {
-                self.check(chunks, start)?;
+                self.check(image, chunks, start)?;
             }
             give(
                 part.number,
@@ -183,13 +185,18 @@ impl Worker {
     }
 
     /// Holds chunks against checksums and digests; what is in the buffer begins at `start`.
-    fn check(&mut self, chunks: &[ChunkEntry], start: u64) -> Result<(), ContainerError> {
+    fn check<S: ReadAt>(
+        &mut self,
+        image: &Image<S>,
+        chunks: &[ChunkEntry],
+        start: u64,
+    ) -> Result<(), ContainerError> {
         for (entry, raw) in chunks.iter().zip(&mut self.raw) {
             let begin = usize::try_from(entry.stored_offset.0 - start).unwrap_or(0);
             let stored = &self.stored[begin..begin + entry.stored_len as usize];
             grow(raw, entry.raw_len as usize);
             self.loader
-                .unpack(entry, stored, &mut raw[..entry.raw_len as usize])?;
+                .unpack(image, entry, stored, &mut raw[..entry.raw_len as usize])?;
         }
         let raw: Vec<&[u8]> = chunks
             .iter()

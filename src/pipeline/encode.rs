@@ -1,20 +1,23 @@
 //! Stream → chunks: read and parse on the caller's thread, hash and compress on workers, append in order.
 
 use std::io::Read;
+use std::sync::Arc;
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::chunker::{Chunker, max_chunk_len};
 use super::sealing::{Buffer, Sealed, Sealer, append, pool};
+use super::twins::{Content, Twins};
 use super::{PipelineError, batch_len, mapped, window, with_waiting};
-use crate::container::{ImageWriter, Layout, PageMapBuilder};
+use crate::bytes::Sink;
+use crate::container::{ContainerError, Head, Identity, ImageWriter, Layout, PageMapBuilder};
 use crate::progress::Progress;
 use crate::stream::{Element, Event, Parser, StreamSummary};
-use crate::units::PAGE_LEN;
+use crate::units::{ChunkIndex, PAGE_LEN};
 
 /// How chunks are made.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Encoding {
     /// `zstd` compresses each chunk, `raw` stores it as it is, `mapped` puts each page into its own place.
     pub layout: Layout,
@@ -24,16 +27,40 @@ pub struct Encoding {
     pub chunk_len: usize,
     /// Workers.
     pub threads: usize,
+    /// The parent of which a delta is made, in layout `zstd`; `None` for a full image.
+    pub twins: Option<Arc<Twins>>,
 }
 
 impl Encoding {
     /// The same for a guest of this many bytes of memory: larger chunks where the chunk table would become too large to
     /// be kept in memory while the image is written.
-    pub fn fitting(mut self, memory_bytes: u64) -> Self {
-        while memory_bytes / self.chunk_len as u64 > MAX_CHUNKS && self.chunk_len < MAX_CHUNK_LEN {
-            self.chunk_len *= 2;
+    pub fn fitting(&self, memory_bytes: u64) -> Self {
+        let mut fitting = self.clone();
+        let is_too_small = |len: usize| memory_bytes / len as u64 > MAX_CHUNKS;
+        while is_too_small(fitting.chunk_len) && fitting.chunk_len < MAX_CHUNK_LEN {
+            fitting.chunk_len *= 2;
         }
-        self
+        fitting
+    }
+
+    /// Begins an image of this encoding.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::begin`] and [`ImageWriter::begin_delta`].
+    pub fn begin<'s>(
+        &self,
+        sink: &'s mut dyn Sink,
+        identity: Identity,
+        max_chunk_len: u32,
+        head: Head<'_>,
+    ) -> Result<ImageWriter<'s>, ContainerError> {
+        match &self.twins {
+            None => ImageWriter::begin(sink, self.layout, identity, max_chunk_len, head),
+            Some(twins) => {
+                let (parent, name) = (twins.parent_id(), twins.name().map(str::to_owned));
+                ImageWriter::begin_delta(sink, identity, parent, name, max_chunk_len, head)
+            }
+        }
     }
 
     /// No chunk of this encoding decodes to more bytes.
@@ -121,6 +148,7 @@ fn encode_with(
         let writer = scope.spawn(move || append_in_order(&ordered, image, &free));
         let read = Cutter::new(
             chunker,
+            encoding,
             Dispatcher {
                 work,
                 order,
@@ -157,6 +185,8 @@ fn fill(buffer: &mut Buffer, stream: &mut dyn Read, max: usize) -> Result<usize,
 /// One chunk on its way to a worker.
 struct Job {
     raw: Buffer,
+    /// The parent's chunk that is likely to be like it.
+    near: Option<ChunkIndex>,
     reply: Sender<Done>,
 }
 
@@ -170,14 +200,14 @@ fn work_on(jobs: &Receiver<Job>, encoding: &Encoding, batch: usize) {
     let mut sealer = Sealer::new(encoding);
     while let Ok(first) = jobs.recv() {
         let batch = with_waiting(first, jobs, encoding.threads, batch);
-        let raw: Vec<&[u8]> = batch.iter().map(|job| job.raw.filled()).collect();
-        let (sealed, error) = match sealer.seal_each(&raw) {
+        let unsealed = batch.iter().map(|job| (job.raw.filled(), job.near));
+        let (sealed, error) = match sealer.seal_each(&unsealed.collect::<Vec<_>>()) {
             Ok(sealed) => (sealed, None),
             Err(error) => (Vec::new(), Some(error)),
         };
         // The writer ends at the first error, so one is enough for all of the batch.
         let outcomes = sealed.into_iter().map(Ok).chain(error.map(Err));
-        for (Job { raw, reply }, sealed) in batch.into_iter().zip(outcomes) {
+        for (Job { raw, reply, .. }, sealed) in batch.into_iter().zip(outcomes) {
             let _ = reply.send(Done { raw, sealed });
         }
     }
@@ -207,14 +237,14 @@ struct Dispatcher<'a> {
 
 impl Dispatcher<'_> {
     /// [`PipelineError::Worker`] means that the writer has ended; its own error is the one to report.
-    fn send(&self, raw: Buffer) -> Result<(), PipelineError> {
+    fn send(&self, raw: Buffer, near: Option<ChunkIndex>) -> Result<(), PipelineError> {
         if self.progress.is_cancelled() {
             return Err(PipelineError::Cancelled);
         }
         let (reply, done) = bounded(1);
         self.order.send(done).map_err(|_| PipelineError::Worker)?;
         self.work
-            .send(Job { raw, reply })
+            .send(Job { raw, near, reply })
             .map_err(|_| PipelineError::Worker)
     }
 
@@ -228,18 +258,30 @@ struct Cutter<'a> {
     parser: Parser,
     chunker: Chunker,
     dispatcher: Dispatcher<'a>,
+    encoding: &'a Encoding,
+    /// The first that tells what the open chunk holds: a page of a RAMBlock, or device state.
+    first: Option<First>,
     knows_blocks: bool,
     next_page: Option<u64>,
     /// Pages parsed since progress was told of some.
     new_pages: u64,
 }
 
+/// What a chunk begins with.
+#[derive(Clone, Copy)]
+enum First {
+    Page(usize, u64),
+    DeviceState,
+}
+
 impl<'a> Cutter<'a> {
-    fn new(chunker: Chunker, dispatcher: Dispatcher<'a>) -> Self {
+    fn new(chunker: Chunker, encoding: &'a Encoding, dispatcher: Dispatcher<'a>) -> Self {
         Cutter {
             parser: Parser::new(),
             chunker,
             dispatcher,
+            encoding,
+            first: None,
             knows_blocks: false,
             next_page: None,
             new_pages: 0,
@@ -264,7 +306,8 @@ impl<'a> Cutter<'a> {
             }
         }
         if open.len > 0 {
-            self.dispatcher.send(open)?;
+            let near = self.near();
+            self.dispatcher.send(open, near)?;
         }
         let stream = self.parser.finish()?;
         Ok(Encoded {
@@ -292,7 +335,28 @@ impl<'a> Cutter<'a> {
         Ok(parsed)
     }
 
+    /// The parent's chunk that is likely to be like the open one, which ends here.
+    fn near(&mut self) -> Option<ChunkIndex> {
+        let first = self.first.take();
+        let twins = self.encoding.twins.as_ref()?;
+        let content = match first {
+            Some(First::Page(block, page)) => match self.parser.blocks().get(block) {
+                Some(block) => Content::Pages(&block.idstr, page),
+                None => Content::Other,
+            },
+            Some(First::DeviceState) => Content::DeviceState,
+            None => Content::Other,
+        };
+        twins.near(content, self.encoding.chunk_len)
+    }
+
     fn note(&mut self, element: &Element) {
+        let first = match element.event {
+            Event::Page { block, page, .. } => Some(First::Page(block, page.0)),
+            Event::DeviceState => Some(First::DeviceState),
+            Event::Framing | Event::MappedBlock { .. } => None,
+        };
+        self.first = self.first.or(first);
         if let Event::Page { page, .. } = element.event {
             if !self.knows_blocks {
                 let blocks = self.parser.blocks();
@@ -319,6 +383,7 @@ impl<'a> Cutter<'a> {
         fresh.bytes[..rest.len()].copy_from_slice(rest);
         fresh.len = rest.len();
         open.len = cut;
-        self.dispatcher.send(std::mem::replace(open, fresh))
+        let near = self.near();
+        self.dispatcher.send(std::mem::replace(open, fresh), near)
     }
 }

@@ -135,7 +135,7 @@ impl<'a, 's> Gatherer<'a, 's> {
             self.enter(run.block, page, raw.len(), true);
             raw.push(0);
         }
-        let sealed = self.sealer.seal(&raw)?;
+        let sealed = self.sealer.seal((&raw, None))?;
         self.append_pages(run.page_count, &raw, &sealed)
     }
 

@@ -6,7 +6,7 @@
 //! themselves and the caller gets the rest.
 //!
 //! Memory is at most `8 × threads + 3` buffers of one chunk each way, and of what is made of them, whatever the guest's
-//! size; of a guest that runs on [`LIVE_BUFFER_LEN`] bytes more, for it waits while its stream is not read. The first error
+//! size, and for a delta three of each worker besides; of a guest that runs on [`LIVE_BUFFER_LEN`] bytes more, for it waits while its stream is not read. The first error
 //! stops all threads and is the one reported. The number of threads never changes a byte of the image.
 
 mod address_space;
@@ -35,6 +35,7 @@ mod recode;
 mod region;
 mod scan;
 mod sealing;
+mod twins;
 
 pub use address_space::{AddressReader, AddressSpace};
 pub use arrive::{Arrival, Arrived, Compare, Help, arrive};
@@ -57,6 +58,7 @@ pub use place::{Destination, Placement, place};
 pub use recode::{keeps_stream, recode};
 pub use region::StoppedBlock;
 pub use scan::{MARGIN, Scan, Seen, WINDOW_LEN, scan};
+pub use twins::Twins;
 
 use std::io;
 
@@ -114,6 +116,12 @@ pub enum PipelineError {
     /// The image could not be written, or what was read of it is damaged.
     #[error(transparent)]
     Container(#[from] ContainerError),
+    /// A chunk of the image of which a delta is made cannot be used.
+    #[error("the parent is damaged: a chunk of it cannot be used")]
+    Parent(#[source] ContainerError),
+    /// An image that is a delta comes through a pipe, where its parent is not.
+    #[error("it is a delta, which is of use only with its parent, and comes through a pipe")]
+    PipedDelta,
     /// A chunk could not be compressed.
     #[error(transparent)]
     Codec(#[from] CodecError),
@@ -211,7 +219,7 @@ fn named(idstr: Option<&str>) -> String {
 impl Blame for PipelineError {
     fn kind(&self) -> ErrorKind {
         match self {
-            PipelineError::Container(error) => error.kind(),
+            PipelineError::Container(error) | PipelineError::Parent(error) => error.kind(),
             PipelineError::Stream(error) => error.kind(),
             PipelineError::PageMap { .. }
             | PipelineError::DeviceState { .. }
@@ -219,6 +227,7 @@ impl Blame for PipelineError {
             | PipelineError::ShortChunk { .. }
             | PipelineError::NotZero { .. } => ErrorKind::Image,
             PipelineError::NoPlaces
+            | PipelineError::PipedDelta
             | PipelineError::OutsideBlock { .. }
             | PipelineError::NoMemory { .. }
             | PipelineError::PageFault { .. } => ErrorKind::Usage,
@@ -236,6 +245,9 @@ impl Blame for PipelineError {
     fn at(&self) -> Option<String> {
         match self {
             PipelineError::Container(error) => error.at(),
+            // It says by itself in which image.
+            PipelineError::Parent(error @ ContainerError::Twin { .. }) => error.at(),
+            PipelineError::Parent(error) => error.at().map(|at| format!("in the parent, {at}")),
             PipelineError::Stream(error) => error.at(),
             PipelineError::ElementTooLong { at, .. }
             | PipelineError::PageMap { at }

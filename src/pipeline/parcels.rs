@@ -14,7 +14,7 @@ use super::fetch::{ChunkTable, MOST_AT_ONCE};
 use super::groups::Group;
 use super::load::{Loader, grow};
 use crate::bytes::ReadAt;
-use crate::container::{ChunkEntry, ContainerError};
+use crate::container::{ChunkEntry, ContainerError, Image};
 use crate::digest::{Digest, Hasher};
 use crate::progress::Progress;
 use crate::units::FileOffset;
@@ -195,7 +195,7 @@ impl<S: ReadAt> Worker<'_, S> {
             source
                 .read_exact_at(&mut kept[start..], piece.at)
                 .map_err(|source| ContainerError::Read { at, source })?;
-            verifier.verify(piece.entries, &kept[start..])?;
+            verifier.verify(table.image(), piece.entries, &kept[start..])?;
             hasher.update(&kept[start..]);
             if !is_kept {
                 kept.clear();
@@ -257,14 +257,19 @@ struct Verifier {
 }
 
 impl Verifier {
-    fn verify(&mut self, entries: &[ChunkEntry], stored: &[u8]) -> Result<(), ContainerError> {
+    fn verify<R: ReadAt>(
+        &mut self,
+        image: &Image<R>,
+        entries: &[ChunkEntry],
+        stored: &[u8],
+    ) -> Result<(), ContainerError> {
         let mut rest = stored;
         for (entry, raw) in entries.iter().zip(&mut self.raw) {
             let (stored, behind) = rest.split_at(entry.stored_len as usize);
             rest = behind;
             let len = entry.raw_len as usize;
             grow(raw, len);
-            self.loader.unpack(entry, stored, &mut raw[..len])?;
+            self.loader.unpack(image, entry, stored, &mut raw[..len])?;
         }
         let filled = entries.iter().zip(&self.raw);
         let raw: Vec<&[u8]> = filled

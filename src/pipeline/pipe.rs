@@ -75,6 +75,9 @@ impl<R: Read> PipedImage<R> {
         let rest = header.total_len().min(MAX_AROUND) - SECTION_HEADER_LEN as u64;
         read_up_to(&mut pipe, &mut head, rest)?;
         let (fields, _) = parse_head(&head)?;
+        if fields.is_delta {
+            return Err(PipelineError::PipedDelta);
+        }
         Ok(PipedImage { pipe, head, fields })
     }
 

@@ -11,9 +11,11 @@ use super::PipelineError;
 use super::decode::{decode, work};
 use super::encode::{Encoded, Encoding, encode};
 use super::sealing::{Sealer, append};
+use super::twins::Content;
 use crate::bytes::ReadAt;
-use crate::container::{ChunkEntry, Image, ImageWriter, Layout};
+use crate::container::{ChunkEntry, ChunkPages, Image, ImageWriter, Layout};
 use crate::progress::Progress;
+use crate::units::{ChunkIndex, StreamOffset};
 
 /// Pieces of the stream on their way from the one image to the other.
 const PIECES: usize = 4;
@@ -47,12 +49,15 @@ fn store_again<R: ReadAt>(
     progress: &dyn Progress,
 ) -> Result<(), PipelineError> {
     // Each worker takes one that nobody uses; there are never more than workers.
+    let near = near_chunks(image, encoding)?;
     let idle: Mutex<Vec<Sealer>> = Mutex::default();
     let idle = || idle.lock().unwrap_or_else(PoisonError::into_inner);
     let seal = |entry: &ChunkEntry, raw: &[u8]| {
         let sealer = idle().pop();
         let mut sealer = sealer.unwrap_or_else(|| Sealer::new(encoding));
-        let sealed = sealer.seal_hashed(raw, entry.raw_digest);
+        let index = usize::try_from(entry.index.0).unwrap_or(usize::MAX);
+        let near = near.get(index).copied().flatten();
+        let sealed = sealer.seal_hashed((raw, near), entry.raw_digest);
         idle().push(sealer);
         sealed
     };
@@ -60,6 +65,43 @@ fn store_again<R: ReadAt>(
         let (raw, sealed) = done?;
         append(target, raw, &sealed?)
     })
+}
+
+/// For each chunk the parent's that is likely to be like it; nothing if no delta is made.
+fn near_chunks<R: ReadAt>(
+    image: &Image<R>,
+    encoding: &Encoding,
+) -> Result<Vec<Option<ChunkIndex>>, PipelineError> {
+    let Some(twins) = &encoding.twins else {
+        return Ok(Vec::new());
+    };
+    let mut near = Vec::new();
+    let mut set = |chunk: ChunkIndex, content: Content<'_>| {
+        let index = usize::try_from(chunk.0).unwrap_or(usize::MAX);
+        if index as u64 != chunk.0 || chunk.0 >= image.chunk_count() {
+            return;
+        }
+        near.resize(near.len().max(index + 1), None);
+        near[index] = twins.near(content, encoding.chunk_len);
+    };
+    if let Some(page_map) = image.page_map()? {
+        let pages = ChunkPages::of(&page_map);
+        for chunk in pages.chunks() {
+            if let Some(page) = pages.in_chunk(*chunk).next() {
+                let idstr = &page_map.blocks()[page.block].idstr;
+                set(*chunk, Content::Pages(idstr, page.page.0));
+            }
+        }
+    }
+    let device_state_at = image.manifest()?.stream.and_then(|it| it.device_state_at);
+    if let Some(at) = device_state_at {
+        let first = image.chunk_of_stream_offset(StreamOffset(at))?.index.0;
+        // There are few of them; more than the first are of guests with much of it.
+        for chunk in (first..image.chunk_count()).take(64) {
+            set(ChunkIndex(chunk), Content::DeviceState);
+        }
+    }
+    Ok(near)
 }
 
 fn cut_again<R: ReadAt>(

@@ -2,10 +2,12 @@
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::twins::{TwinReader, Twins};
 use super::{Encoding, PipelineError};
-use crate::codec::Compressor;
+use crate::codec::{Compressor, compress_behind};
 use crate::container::{ChunkKind, ImageWriter, Layout, StoredChunk};
 use crate::digest::{Digest, crc32c};
+use crate::units::ChunkIndex;
 
 /// Room for one chunk, of which the first `len` bytes are filled.
 pub struct Buffer {
@@ -47,63 +49,107 @@ pub fn pool(count: usize, len: usize) -> (Sender<Buffer>, Receiver<Buffer>) {
 
 /// What a chunk is stored as.
 pub struct Sealed {
-    /// The frame; `None` where the raw bytes are stored.
+    /// The frame, or nothing if it is the parent's chunk; `None` where the raw bytes are stored.
     stored: Option<Vec<u8>>,
+    kind: ChunkKind,
     digest: Digest,
     crc: u32,
 }
+
+/// The raw bytes of a chunk, and the parent's chunk that is likely to be like it, if a delta is made.
+pub type Unsealed<'a> = (&'a [u8], Option<ChunkIndex>);
 
 /// Hashes and compresses chunks, one after the other.
 pub struct Sealer {
     encoding: Encoding,
     compressor: Option<Compressor>,
+    twin: TwinReader,
 }
 
 impl Sealer {
     /// A sealer that has seen nothing; its context is made at the first chunk.
     pub fn new(encoding: &Encoding) -> Self {
         Sealer {
-            encoding: *encoding,
+            encoding: encoding.clone(),
             compressor: None,
+            twin: TwinReader::default(),
         }
     }
 
     /// Makes what is to be stored of each chunk. Up to four are hashed side by side.
     ///
     /// # Errors
-    /// [`PipelineError::Codec`].
-    pub fn seal_each(&mut self, chunks: &[&[u8]]) -> Result<Vec<Sealed>, PipelineError> {
-        let digests = Digest::of_each(chunks);
+    /// [`PipelineError::Codec`]; [`PipelineError::Parent`].
+    pub fn seal_each(&mut self, chunks: &[Unsealed<'_>]) -> Result<Vec<Sealed>, PipelineError> {
+        let raw: Vec<&[u8]> = chunks.iter().map(|(raw, _)| *raw).collect();
         chunks
             .iter()
-            .zip(digests)
-            .map(|(raw, digest)| self.seal_hashed(raw, digest))
+            .zip(Digest::of_each(&raw))
+            .map(|(chunk, digest)| self.seal_hashed(*chunk, digest))
             .collect()
     }
 
     /// Makes what is to be stored of one chunk.
     ///
     /// # Errors
-    /// [`PipelineError::Codec`].
-    pub fn seal(&mut self, raw: &[u8]) -> Result<Sealed, PipelineError> {
-        self.seal_hashed(raw, Digest::of(raw))
+    /// As [`Sealer::seal_each`].
+    pub fn seal(&mut self, chunk: Unsealed<'_>) -> Result<Sealed, PipelineError> {
+        self.seal_hashed(chunk, Digest::of(chunk.0))
     }
 
     /// As [`Sealer::seal`], of bytes whose digest is known.
     ///
     /// # Errors
-    /// [`PipelineError::Codec`].
-    pub fn seal_hashed(&mut self, raw: &[u8], digest: Digest) -> Result<Sealed, PipelineError> {
-        let stored = match self.encoding.layout {
-            Layout::Zstd => Some(self.compress(raw)?),
-            Layout::Raw | Layout::Mapped => None,
+    /// As [`Sealer::seal_each`].
+    pub fn seal_hashed(
+        &mut self,
+        (raw, near): Unsealed<'_>,
+        digest: Digest,
+    ) -> Result<Sealed, PipelineError> {
+        let twins = self.encoding.twins.clone();
+        let (kind, stored) = match (&twins, self.encoding.layout) {
+            (Some(twins), _) => {
+                let (kind, stored) = self.follow(twins, raw, near, &digest)?;
+                (kind, Some(stored))
+            }
+            (None, Layout::Zstd) => (ChunkKind::Zstd, Some(self.compress(raw)?)),
+            (None, Layout::Raw | Layout::Mapped) => (ChunkKind::Plain, None),
         };
         let crc = crc32c(stored.as_deref().unwrap_or(raw));
         Ok(Sealed {
             stored,
+            kind,
             digest,
             crc,
         })
+    }
+
+    /// What a delta stores of a chunk: nothing if the parent has it, what the parent's does not have, or all of it where that
+    /// is not more.
+    fn follow(
+        &mut self,
+        twins: &Twins,
+        raw: &[u8],
+        near: Option<ChunkIndex>,
+        digest: &Digest,
+    ) -> Result<(ChunkKind, Vec<u8>), PipelineError> {
+        let same = twins.same(raw.len(), digest);
+        if let Some(same) = same.map_err(PipelineError::Parent)? {
+            return Ok((ChunkKind::Same(same), Vec::new()));
+        }
+        let Some(near) = near else {
+            return Ok((ChunkKind::Zstd, self.compress(raw)?));
+        };
+        let prefix = self.twin.read(twins, near)?;
+        let patch = compress_behind(prefix, raw, self.encoding.level)?;
+        // What shares little with the parent had better not depend on it.
+        if patch.len() > raw.len() / 4 {
+            let whole = self.compress(raw)?;
+            if whole.len() <= patch.len() {
+                return Ok((ChunkKind::Zstd, whole));
+            }
+        }
+        Ok((ChunkKind::Patched(near), patch))
     }
 
     fn compress(&mut self, raw: &[u8]) -> Result<Vec<u8>, PipelineError> {
@@ -131,10 +177,7 @@ pub fn append(
         raw_len: u32::try_from(raw.len()).unwrap_or(u32::MAX),
         stored_crc: sealed.crc,
         raw_digest: sealed.digest,
-        kind: match sealed.stored {
-            Some(_) => ChunkKind::Zstd,
-            None => ChunkKind::Plain,
-        },
+        kind: sealed.kind,
     })?;
     Ok(())
 }

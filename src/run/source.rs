@@ -49,7 +49,7 @@ impl Source {
             let xml = read_all(beginning.chain(file), &what)?;
             return Ok(Source::of_user(xml));
         }
-        let opened = image::open(location)?;
+        let opened = image::open_alone(location)?;
         Ok(Source {
             xml: opened.image().xml()?.into_bytes(),
             trust: Some(Trust::of(opened.image())?),

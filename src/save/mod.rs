@@ -101,6 +101,9 @@ pub struct SaveReport {
     pub image_uuid: Uuid,
     /// Names what was saved, whatever its layout.
     pub image_digest: String,
+    /// Of a delta: the UUID of its parent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parent_uuid: Option<Uuid>,
     /// Bytes of the file.
     pub file_bytes: u64,
     /// Bytes of QEMU's migration stream in it.
@@ -336,13 +339,7 @@ fn write_image(
         manifest_json: &head_json,
         xml: &xml,
     };
-    let mut image = ImageWriter::begin(
-        sink,
-        encoding.layout,
-        identity,
-        encoding.max_chunk_len(),
-        head,
-    )?;
+    let mut image = encoding.begin(sink, identity, encoding.max_chunk_len(), head)?;
     progress.begin("saving", Some(guest.description().memory_bytes));
     let (encoded, capture) = guest.take(request, &mut image, encoding, progress)?;
     progress.end();
@@ -385,6 +382,7 @@ fn write_image(
         image: request.target.to_string(),
         image_uuid,
         image_digest: finished.image_digest.to_string(),
+        parent_uuid: encoding.twins.as_ref().map(|it| it.parent_id().image_uuid),
         file_bytes: finished.file_len,
         stream_bytes: finished.stream_len,
         memory_bytes: guest.description().memory_bytes,

@@ -1,5 +1,6 @@
 //! What a person writes where an image is asked for.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -64,6 +65,25 @@ impl Location {
         match self {
             Location::Path(path) => Some(path),
             _ => None,
+        }
+    }
+
+    /// What the file there is called, without where it is.
+    pub fn file_name(&self) -> Option<OsString> {
+        let last = |path: &str| path.rsplit('/').next().map(OsString::from);
+        match self {
+            Location::Path(path) => path.file_name().map(OsStr::to_owned),
+            Location::Ssh(there) => there.path.file_name().map(OsStr::to_owned),
+            Location::Object(there) => last(&there.key).filter(|name| !name.is_empty()),
+            Location::Web(url) => {
+                let end = url.find(['?', '#']).unwrap_or(url.len());
+                last(&url[..end]).filter(|name| !name.is_empty())
+            }
+            Location::Registry(there) => {
+                let name = there.repository.rsplit('/').next();
+                name.map(|name| format!("{name}-{}.stow", there.tag).into())
+            }
+            Location::Pipe | Location::Peer(_) => None,
         }
     }
 

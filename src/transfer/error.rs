@@ -12,6 +12,12 @@ pub enum TransferError {
     /// Standard output was named as the target.
     #[error("an image that is copied needs a name")]
     NoName,
+    /// Only whole images are kept there.
+    #[error("a delta cannot be copied to {there}")]
+    DeltaThere {
+        /// The location.
+        there: String,
+    },
     /// The image on the other side is not the one that was sent.
     #[error("{peer} made another image than the one it was given")]
     OtherImage {
@@ -52,7 +58,8 @@ pub enum TransferError {
 impl Blame for TransferError {
     fn kind(&self) -> ErrorKind {
         match self {
-            TransferError::NoName
+            TransferError::DeltaThere { .. }
+            | TransferError::NoName
             | TransferError::Order { .. }
             | TransferError::ParentElsewhere { .. } => ErrorKind::Usage,
             TransferError::Parent { why, .. } => why.kind(),

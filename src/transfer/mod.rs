@@ -164,6 +164,12 @@ impl Failures {
 
 fn copy_once(request: &CopyRequest, progress: &dyn Progress) -> Result<CopyReport> {
     let source = open(&request.source)?;
+    if matches!(request.target, Location::Object(_) | Location::Registry(_))
+        && Image::open(&source)?.footer().is_delta()
+    {
+        let there = request.target.to_string();
+        return Err(TransferError::DeltaThere { there }.into());
+    }
     let outcome = match &request.target {
         Location::Pipe => Err(TransferError::NoName.into()),
         Location::Path(path) => take(&source, path, request, progress),
@@ -191,7 +197,7 @@ fn take(
     let asker = source.asker();
     let is_far = source.local().is_none();
     let receive_request = ReceiveRequest {
-        target: place::place(path, place::name_of(&request.source).as_deref())?,
+        target: place::place(path, request.source.file_name().as_deref())?,
         may_replace: request.may_replace,
         bytes_per_second: request.bytes_per_second,
         is_far,
@@ -279,12 +285,8 @@ fn give(
         return Err(other().into());
     }
     Ok(CopyReport {
-        target: place::told(
-            there,
-            place::name_of(&request.source).as_deref(),
-            &report.target,
-        )
-        .to_string(),
+        target: place::told(there, request.source.file_name().as_deref(), &report.target)
+            .to_string(),
         crossed_bytes: peer.crossed_bytes(),
         ..report
     })
@@ -294,7 +296,7 @@ fn give(
 fn open(location: &Location) -> Result<AnyFile> {
     Ok(match location {
         Location::Path(path) => {
-            image::open(location)?;
+            image::open_alone(location)?;
             let file = FileSource::open(path)?;
             file.lock_shared(path)?;
             AnyFile::File(file)

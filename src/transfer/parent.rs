@@ -7,7 +7,8 @@ use super::TransferError;
 use crate::bytes::ReadAt;
 use crate::container::{ContainerError, Image};
 use crate::error::Error;
-use crate::store::FileSource;
+use crate::image::find_parents;
+use crate::store::{FileSource, Location};
 
 /// Files that are looked at for the guest they are of, and those of the guest that are held against the image.
 const MOST_LOOKED_AT: usize = 256;
@@ -64,7 +65,10 @@ impl Parent {
 fn open(path: &Path) -> Result<Image<FileSource>, Error> {
     let file = FileSource::open(path)?;
     file.lock_shared(path)?;
-    Ok(Image::open(file)?)
+    let mut image = Image::open(file)?;
+    // A delta is of use if it has its own.
+    find_parents(&mut image, &Location::Path(path.to_owned()));
+    Ok(image)
 }
 
 /// The image of the same guest beside `target` that has most of the chunks; the newest of several.

@@ -1,29 +1,10 @@
 //! What the copy is called: the target, or in a directory that it names what the source is called.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use super::TransferError;
-use crate::store::{Location, SshLocation};
-
-/// What the file at `location` is called.
-pub fn name_of(location: &Location) -> Option<OsString> {
-    let last = |path: &str| path.rsplit('/').next().map(OsString::from);
-    match location {
-        Location::Path(path) => path.file_name().map(OsStr::to_owned),
-        Location::Ssh(there) => there.path.file_name().map(OsStr::to_owned),
-        Location::Object(there) => last(&there.key).filter(|name| !name.is_empty()),
-        Location::Web(url) => {
-            let end = url.find(['?', '#']).unwrap_or(url.len());
-            last(&url[..end]).filter(|name| !name.is_empty())
-        }
-        Location::Registry(there) => {
-            let name = there.repository.rsplit('/').next();
-            name.map(|name| format!("{name}-{}.stow", there.tag).into())
-        }
-        Location::Pipe | Location::Peer(_) => None,
-    }
-}
+use crate::store::SshLocation;
 
 /// The path of a copy that shall be at `target`.
 ///

@@ -75,6 +75,7 @@ pub fn push(
         from_parent_bytes: 0,
         crossed_bytes: bytes(&sent),
         parent: None,
+        lacks_parent: false,
         seconds: begin.elapsed().as_secs_f64(),
     })
 }

@@ -10,9 +10,10 @@ use super::parent::{Parent, ParentChoice};
 use crate::bytes::{ReadAt, WriteAt};
 use crate::container::{ContainerError, Image};
 use crate::error::Result;
+use crate::image::find_parents;
 use crate::pipeline::{self, Arrival, ChunkTable, Compare, Earlier, Help};
 use crate::progress::Progress;
-use crate::store::{FileSource, PartFile};
+use crate::store::{FileSource, Location, PartFile};
 use crate::units::{ChunkIndex, FileOffset};
 
 /// Bytes that are copied at a time where they are no chunks.
@@ -64,6 +65,9 @@ pub struct CopyReport {
     pub parent: Option<String>,
     /// How long it took.
     pub seconds: f64,
+    /// Whether it is a delta whose parent is not beside the copy: of what follows the parent's chunks only checksums were looked at.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lacks_parent: bool,
 }
 
 /// Receives the image that `source` holds. `compare` is whoever compares guesses with it, if somebody does.
@@ -81,13 +85,16 @@ pub fn receive<S: ReadAt>(
     let offered = Image::open(source)?;
     let part = PartFile::open(&request.target, request.may_replace)?;
     let threads = pipeline::default_threads();
+    let target = Location::Path(request.target.clone());
     let (image, lacking) = match go_on(&offered, &part)? {
-        Some(image) => {
+        Some(mut image) => {
+            find_parents(&mut image, &target);
             let lacking = lacking(&image, threads, progress)?;
             (image, lacking)
         }
         None => {
-            let image = begin_anew(&offered, &part)?;
+            let mut image = begin_anew(&offered, &part)?;
+            find_parents(&mut image, &target);
             let all = (0..image.chunk_count()).map(ChunkIndex).collect();
             (image, all)
         }
@@ -99,7 +106,8 @@ pub fn receive<S: ReadAt>(
         missing += u64::from(table.entry(*chunk)?.stored_len);
     }
     part.check_room(missing)?;
-    let parent = match lacking.is_empty() {
+    let parent = match lacking.is_empty() || image.footer().is_delta() {
+        // What comes of a delta is little as it is.
         true => None,
         false => Parent::choose(&request.parent, &image, &request.target)?,
     };
@@ -144,6 +152,7 @@ pub fn receive<S: ReadAt>(
             .filter(|_| earlier.is_some())
             .map(|parent| parent.path.display().to_string()),
         seconds: begin.elapsed().as_secs_f64(),
+        lacks_parent: image.parent_id().is_some() && image.parent().is_none(),
     };
     part.publish().map_err(TransferError::Publish)?;
     Ok(report)
@@ -181,7 +190,7 @@ fn begin_anew<S: ReadAt>(offered: &Image<&S>, part: &PartFile) -> Result<Image<F
     let payload_end = payload.saturating_add(footer.payload_len).min(len);
     part.begin_anew(len)?;
     part.check_room(payload + (len - payload_end))?;
-    copy_range(offered.reader(), part, 0..payload)?;
+    copy_range(offered.reader(), part, 0..offered.chunks_offset().0)?;
     copy_range(offered.reader(), part, payload_end..len)?;
     let image = Image::open(part.source()?)?;
     image.verify_sections()?;

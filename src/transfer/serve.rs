@@ -52,7 +52,7 @@ pub fn order_to_receive(
         .path
         .to_str()
         .ok_or_else(|| unclear("a path that is not UTF-8"))?;
-    let name = place::name_of(&request.source);
+    let name = request.source.file_name();
     let order = Order {
         name: name.and_then(|name| name.into_string().ok()),
         parent: match &request.parent {

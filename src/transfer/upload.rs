@@ -98,6 +98,7 @@ pub fn upload(
         from_parent_bytes: 0,
         crossed_bytes: sent,
         parent: None,
+        lacks_parent: false,
         seconds: begin.elapsed().as_secs_f64(),
     })
 }

@@ -2,18 +2,23 @@
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+use std::sync::Arc;
+
 use serde_json::{Map, json};
 use uuid::Uuid;
 use vmstow::bytes::ReadAt;
+use vmstow::codec::{compress_behind, decompress_behind};
 use vmstow::container::manifest::{
     DeviceSection, Fingerprint, Guest, Machine, Manifest, Other, Qemu, RamBlock, Resource,
     StreamSummary, Tool,
 };
 use vmstow::container::{
     ChunkEntry, ChunkKind, ContainerError, Edit, Finished, Head, Identity, Image, ImageWriter,
-    Layout, PageMapBuilder, SectionType, Signature, StoredChunk, sign_payload,
+    Layout, PageMapBuilder, ParentId, ParentReader, SectionType, Signature, StoredChunk,
+    sign_payload,
 };
 use vmstow::digest::{Digest, crc32c};
+use vmstow::units::ChunkIndex;
 
 pub const XML: &str = "<domain type='kvm'><name>web01</name></domain>\n";
 pub const IDENTITY: Identity = Identity {
@@ -141,6 +146,13 @@ fn frame(raw: &[u8]) -> Vec<u8> {
     [&[0x28, 0xb5, 0x2f, 0xfd, 0x20, len][..], &block[..3], raw].concat()
 }
 
+fn frame_of(raw: &[u8]) -> Vec<u8> {
+    match raw.len() {
+        0..256 => frame(raw),
+        _ => zstd::bulk::compress(raw, 3).unwrap(),
+    }
+}
+
 /// Appends `raw` as the next chunk.
 pub fn append(
     writer: &mut ImageWriter<'_>,
@@ -148,8 +160,7 @@ pub fn append(
     raw: &[u8],
 ) -> Result<(), ContainerError> {
     let stored = match layout {
-        Layout::Zstd if raw.len() < 256 => frame(raw),
-        Layout::Zstd => zstd::bulk::compress(raw, 3).unwrap(),
+        Layout::Zstd => frame_of(raw),
         Layout::Raw | Layout::Mapped => raw.to_vec(),
     };
     let chunk = StoredChunk {
@@ -198,6 +209,74 @@ pub fn image_of(layout: Layout, chunks: &[Vec<u8>]) -> (Vec<u8>, Finished) {
     (file, finished)
 }
 
+/// A delta of `parent` whose chunks are all its own, with `uuid` for each byte of its UUID.
+pub fn delta_of(uuid: u8, parent: ParentId, chunks: &[Vec<u8>]) -> Vec<u8> {
+    let chunks: Vec<_> = chunks
+        .iter()
+        .map(|raw| (raw.clone(), ChunkKind::Zstd, frame_of(raw)))
+        .collect();
+    delta(uuid, parent, &chunks)
+}
+
+/// A delta of these chunks: raw bytes, kind, stored bytes.
+pub fn delta(uuid: u8, parent: ParentId, chunks: &[(Vec<u8>, ChunkKind, Vec<u8>)]) -> Vec<u8> {
+    let mut file = Vec::new();
+    let head = Head {
+        manifest_json: b"{}",
+        xml: "<domain/>",
+    };
+    let identity = Identity {
+        image_uuid: Uuid::from_bytes([uuid; 16]),
+        ..IDENTITY
+    };
+    let name = Some("parent.stow".to_owned());
+    let mut writer =
+        ImageWriter::begin_delta(&mut file, identity, parent, name, 1 << 20, head).unwrap();
+    for (raw, kind, stored) in chunks {
+        let chunk = StoredChunk {
+            stored,
+            raw_len: u32::try_from(raw.len()).unwrap(),
+            stored_crc: crc32c(stored),
+            raw_digest: Digest::of(raw),
+            kind: *kind,
+        };
+        writer.append_chunk(&chunk).unwrap();
+    }
+    let json = serde_json::to_vec(&short_manifest()).unwrap();
+    writer
+        .append_section(SectionType::Xml, XML.as_bytes())
+        .unwrap();
+    writer.append_section(SectionType::Manifest, &json).unwrap();
+    writer.finish().unwrap();
+    file
+}
+
+/// A parent, and a delta that has a chunk of each kind: the parent's, one that follows the parent's, one of its own.
+pub fn parent_and_delta() -> (Vec<u8>, Vec<u8>) {
+    let first = b"QEVM first chunk".to_vec();
+    let second: Vec<u8> = (0..200).collect();
+    let parent = image_of(Layout::Zstd, &[first.clone(), second.clone()]).0;
+    let id = Image::open(parent.as_slice()).unwrap().as_parent();
+    let mut changed = second.clone();
+    changed[100] = 0;
+    let patch = compress_behind(&second, &changed, 3).unwrap();
+    let own = b"and one of its own".to_vec();
+    let chunks = [
+        (first, ChunkKind::Same(ChunkIndex(0)), Vec::new()),
+        (changed, ChunkKind::Patched(ChunkIndex(1)), patch),
+        (own.clone(), ChunkKind::Zstd, frame(&own)),
+    ];
+    (parent, delta(0x33, id, &chunks))
+}
+
+/// Opens the delta with its parent.
+pub fn open_delta<'a>(parent: &[u8], file: &'a [u8]) -> Result<Image<&'a [u8]>, ContainerError> {
+    let mut image = Image::open(file)?;
+    let parent = Image::open(ParentReader::new(parent.to_vec()))?;
+    image.set_parent(Arc::new(parent))?;
+    Ok(image)
+}
+
 /// Two chunks, about two kilobytes in all.
 pub fn small_image(layout: Layout) -> Vec<u8> {
     image_of(layout, &[b"QEVM first chunk".to_vec(), vec![7; 40]]).0
@@ -221,6 +300,18 @@ pub fn decode<R: ReadAt>(image: &Image<R>, entry: &ChunkEntry) -> Result<Vec<u8>
         ChunkKind::Zstd => {
             zstd::bulk::decompress(&stored, entry.raw_len as usize).unwrap_or_default()
         }
+        ChunkKind::Patched(_) | ChunkKind::Same(_) => {
+            let (parent, twin) = image.twin(entry)?.unwrap();
+            let twin = decode(parent.as_ref(), &twin)?;
+            match entry.kind {
+                ChunkKind::Same(_) => twin,
+                _ => {
+                    let mut raw = vec![0; entry.raw_len as usize];
+                    let made = decompress_behind(&twin, &stored, &mut raw);
+                    made.map(|()| raw).unwrap_or_default()
+                }
+            }
+        }
     };
     entry.check_raw(&raw)?;
     Ok(raw)
@@ -229,10 +320,15 @@ pub fn decode<R: ReadAt>(image: &Image<R>, entry: &ChunkEntry) -> Result<Vec<u8>
 /// All a careful reader does: open, sections, every chunk. Gives the stream.
 pub fn read_all(file: &[u8]) -> Result<Vec<u8>, ContainerError> {
     let image = Image::open(file)?;
+    read_image(&image)
+}
+
+/// As [`read_all`], of an open image.
+pub fn read_image<R: ReadAt>(image: &Image<R>) -> Result<Vec<u8>, ContainerError> {
     image.verify_sections()?;
     let mut stream = Vec::new();
     for entry in image.chunks() {
-        stream.extend(decode(&image, &entry?)?);
+        stream.extend(decode(image, &entry?)?);
     }
     Ok(stream)
 }

@@ -19,7 +19,7 @@ use crate::bytes::{PublishError, ReadAt, Sink};
 use crate::container::layout::FRAME_MAGIC;
 use crate::container::{Head, Identity, Image, ImageWriter, Layout, SectionType};
 use crate::error::{Error, Result};
-use crate::image::open::{ImageError, OpenedImage, open, open_pipe};
+use crate::image::open::{ImageError, OpenedImage, open_alone, open_source};
 use crate::pipeline::{self, Encoded, Encoding, FoundMapped, PipelineError};
 use crate::progress::Progress;
 use crate::store::{AnyFile, FileSource, Location, Surroundings, spool};
@@ -34,23 +34,23 @@ const TEMPORARY_LEVEL: i32 = 1;
 /// those of what was read now.
 ///
 /// # Errors
-/// As [`open`]; [`ForeignError`]; what is wrong with the stream.
+/// As [`crate::image::open()`]; [`ForeignError`]; what is wrong with the stream.
 pub fn open_any(location: &Location, progress: &dyn Progress) -> Result<OpenedImage> {
     match find(location)? {
-        Found::Image(opened) => Ok(*opened),
+        Found::Image(opened) => opened.whole(),
         Found::Foreign(foreign) => foreign.open(location, progress),
     }
 }
 
 /// What a location holds.
 pub enum Found {
-    /// An image.
+    /// An image, see [`OpenedImage::whole`].
     Image(Box<OpenedImage>),
     /// A file of others.
     Foreign(Box<ForeignFile>),
 }
 
-/// Finds out what a location holds. Of a file of others only the beginning is read, unless it comes through a pipe and is no
+/// Finds out what a location holds; an image may lack its parent. Of a file of others only the beginning is read, unless it comes through a pipe and is no
 /// libvirt save image: then it is spooled first.
 ///
 /// # Errors
@@ -67,7 +67,7 @@ pub fn find(location: &Location) -> Result<Found> {
             let file = source.file().try_clone().map_err(ForeignError::Read)?;
             match is_save_image(&beginning) {
                 true => return found(file),
-                false => (file, open(location)),
+                false => (file, open_alone(location)),
             }
         }
         Location::Pipe => {
@@ -85,13 +85,15 @@ pub fn find(location: &Location) -> Result<Found> {
             }
             let mut pipe = beginning.as_slice().chain(pipe);
             if beginning.starts_with(&FRAME_MAGIC) {
-                return Ok(Found::Image(Box::new(open_pipe(&mut pipe)?)));
+                let spooled = spool(&mut pipe, &std::env::temp_dir())?;
+                let opened = open_source(spooled, location)?;
+                return Ok(Found::Image(Box::new(opened)));
             }
             let spooled = spool(&mut pipe, &std::env::temp_dir())?;
             let file = spooled.file().try_clone().map_err(ForeignError::Read)?;
-            (file, crate::image::open::open_source(spooled, location))
+            (file, open_source(spooled, location))
         }
-        _far => return Ok(Found::Image(Box::new(open(location)?))),
+        _far => return Ok(Found::Image(Box::new(open_alone(location)?))),
     };
     match image {
         Ok(opened) => Ok(Found::Image(Box::new(opened))),
@@ -373,6 +375,7 @@ fn encoding(layout: Layout) -> Encoding {
         level: TEMPORARY_LEVEL,
         chunk_len: pipeline::DEFAULT_CHUNK_LEN,
         threads: pipeline::default_threads(),
+        twins: None,
     }
 }
 

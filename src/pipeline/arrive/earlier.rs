@@ -106,7 +106,7 @@ pub struct Patcher {
 /// Chunks whose raw bytes are right, and those that have to be read after all.
 type Sorted = (Vec<Guess>, Vec<ChunkEntry>);
 
-impl<S: ReadAt> Worker<'_, S> {
+impl<S: ReadAt, R: ReadAt> Worker<'_, S, R> {
     /// Copies chunks that the earlier image has. What is not as its table says is read from the source.
     pub fn copy(&mut self, pairs: &[(ChunkEntry, ChunkEntry)]) -> Result<(), PipelineError> {
         let mut at_hand = Vec::new();
@@ -116,7 +116,7 @@ impl<S: ReadAt> Worker<'_, S> {
                 false => self.store_again(entry, before)?,
             }
         }
-        let is_right = self.bench.check(&at_hand).is_ok();
+        let is_right = self.bench.check(self.table.image(), &at_hand).is_ok();
         let mut begin = 0;
         for entry in &at_hand {
             let end = begin + entry.stored_len as usize;

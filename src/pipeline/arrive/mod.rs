@@ -17,10 +17,10 @@ use super::PipelineError;
 use super::fetch::{ChunkTable, MOST_AT_ONCE};
 use super::load::{Loader, grow};
 use crate::bytes::{ReadAt, WriteAt};
-use crate::container::{ChunkEntry, ContainerError};
+use crate::container::{ChunkEntry, ContainerError, Image};
 use crate::digest::Digest;
 use crate::progress::Progress;
-use crate::units::ChunkIndex;
+use crate::units::{ChunkIndex, FileOffset};
 use earlier::Patcher;
 use queue::{Queue, Task};
 
@@ -66,11 +66,12 @@ pub fn arrive<S: ReadAt, R: ReadAt>(
     let work = || {
         let mut worker = Worker {
             queue: &queue,
+            table,
             source: arrival.source,
             target,
             bench: Bench::default(),
         };
-        let outcome = worker.work_on(table);
+        let outcome = worker.work_on();
         if outcome.is_err() {
             queue.is_over.store(true, Ordering::Relaxed);
         }
@@ -90,8 +91,9 @@ pub fn arrive<S: ReadAt, R: ReadAt>(
 }
 
 /// One thread.
-struct Worker<'a, S: ReadAt> {
+struct Worker<'a, S: ReadAt, R: ReadAt> {
     queue: &'a Queue<'a>,
+    table: &'a ChunkTable<'a, R>,
     source: &'a S,
     target: &'a dyn WriteAt,
     bench: Bench,
@@ -106,10 +108,10 @@ struct Bench {
     patcher: Patcher,
 }
 
-impl<S: ReadAt> Worker<'_, S> {
-    fn work_on<R: ReadAt>(&mut self, table: &ChunkTable<'_, R>) -> Result<(), PipelineError> {
+impl<S: ReadAt, R: ReadAt> Worker<'_, S, R> {
+    fn work_on(&mut self) -> Result<(), PipelineError> {
         loop {
-            match self.queue.take(table)? {
+            match self.queue.take(self.table)? {
                 Task::Nothing => return Ok(()),
                 Task::Read(entries) => self.read(&entries)?,
                 Task::Same(pairs) => self.copy(&pairs)?,
@@ -120,15 +122,18 @@ impl<S: ReadAt> Worker<'_, S> {
 
     /// Reads chunks that lie beside each other.
     fn read(&mut self, entries: &[ChunkEntry]) -> Result<(), PipelineError> {
-        let Some(at) = entries.first().map(|entry| entry.stored_offset) else {
+        let image = self.table.image();
+        let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
             return Ok(());
         };
-        let len: usize = entries.iter().map(|entry| entry.stored_len as usize).sum();
+        let at = FileOffset(image.extent(first).start);
+        let len = image.extent(last).end.saturating_sub(at.0);
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
         self.queue.keep_to_rate(len)?;
         self.source
             .read_to(&mut self.bench.stored, len, at.0)
             .map_err(|source| ContainerError::Read { at, source })?;
-        self.bench.check(entries)?;
+        self.bench.check(image, entries)?;
         self.target
             .write_all_at(&self.bench.stored[..len], at.0)
             .map_err(|source| ContainerError::Write { at, source })?;
@@ -147,22 +152,30 @@ impl<S: ReadAt> Worker<'_, S> {
 }
 
 impl Bench {
-    /// Holds the stored bytes of `entries` against checksums and digests.
-    fn check(&mut self, entries: &[ChunkEntry]) -> Result<(), ContainerError> {
+    /// Holds the stored bytes of `entries` against checksums and digests; of what follows a parent's chunk only the checksum is
+    /// looked at if there is no parent.
+    fn check<R: ReadAt>(
+        &mut self,
+        image: &Image<R>,
+        entries: &[ChunkEntry],
+    ) -> Result<(), ContainerError> {
         let mut begin = 0;
+        let mut whole = Vec::with_capacity(entries.len());
         for (entry, raw) in entries.iter().zip(&mut self.raw) {
-            let stored = &self.stored[begin..begin + entry.stored_len as usize];
-            begin += stored.len();
+            let extent = image.extent(entry);
+            let len = usize::try_from(extent.end - extent.start).unwrap_or(0);
+            let stored = &self.stored[begin..begin + len];
+            begin += len;
             grow(raw, entry.raw_len as usize);
-            self.loader
-                .unpack(entry, stored, &mut raw[..entry.raw_len as usize])?;
+            let raw = &mut raw[..entry.raw_len as usize];
+            match self.loader.unpack(image, entry, stored, raw) {
+                Ok(()) => whole.push((entry, &*raw)),
+                Err(ContainerError::NoParent { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
-        let raw: Vec<&[u8]> = entries
-            .iter()
-            .zip(&self.raw)
-            .map(|(entry, raw)| &raw[..entry.raw_len as usize])
-            .collect();
-        for (entry, digest) in entries.iter().zip(Digest::of_each(&raw)) {
+        let raw: Vec<&[u8]> = whole.iter().map(|(_, raw)| *raw).collect();
+        for ((entry, _), digest) in whole.iter().zip(Digest::of_each(&raw)) {
             entry.check_digest(digest)?;
         }
         Ok(())

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Arrived;
 use super::earlier::{Way, Ways};
 use crate::bytes::ReadAt;
-use crate::container::ChunkEntry;
+use crate::container::{ChunkEntry, Image};
 use crate::pipeline::fetch::{ChunkTable, MOST_AT_ONCE};
 use crate::pipeline::{DEFAULT_CHUNK_LEN, PipelineError};
 use crate::progress::Progress;
@@ -97,7 +97,9 @@ impl<'a> Queue<'a> {
                 (Task::Nothing, Way::Read) => task = Task::Read(vec![entry]),
                 (Task::Nothing, Way::Same(before)) => task = Task::Same(vec![(entry, before)]),
                 (Task::Nothing, Way::Guess) => task = Task::Guess(vec![entry]),
-                (Task::Read(entries), Way::Read) if lies_behind(entries, &entry, most) => {
+                (Task::Read(entries), Way::Read)
+                    if lies_behind(table.image(), entries, &entry, most) =>
+                {
                     entries.push(entry);
                 }
                 (Task::Same(pairs), Way::Same(before)) if pairs.len() < MOST_AT_ONCE => {
@@ -161,12 +163,18 @@ impl<'a> Queue<'a> {
 }
 
 /// Whether `entry` lies right behind the others, and may be read with them: at most `most` bytes together.
-fn lies_behind(entries: &[ChunkEntry], entry: &ChunkEntry, most: u64) -> bool {
+fn lies_behind<R: ReadAt>(
+    image: &Image<R>,
+    entries: &[ChunkEntry],
+    entry: &ChunkEntry,
+    most: u64,
+) -> bool {
     let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
         return true;
     };
-    let len = end_of(entry).saturating_sub(first.stored_offset.0);
-    let is_beside = end_of(last) == entry.stored_offset.0;
+    let extent = image.extent(entry);
+    let len = extent.end.saturating_sub(image.extent(first).start);
+    let is_beside = image.extent(last).end == extent.start;
     is_beside && len <= most && entries.len() < MOST_AT_ONCE
 }
 
@@ -174,11 +182,4 @@ fn is_room(entries: &[ChunkEntry], entry: &ChunkEntry) -> bool {
     let lens = entries.iter().map(|entry| u64::from(entry.raw_len));
     let len: u64 = lens.sum::<u64>() + u64::from(entry.raw_len);
     len <= COMPARED_LEN && entries.len() < MOST_COMPARED
-}
-
-fn end_of(entry: &ChunkEntry) -> u64 {
-    entry
-        .stored_offset
-        .0
-        .saturating_add(u64::from(entry.stored_len))
 }
