@@ -331,6 +331,24 @@ fn another_host_has_its_own(dir: &TestDir) {
     );
     let back = answer(&["copy", &other.location("bb.stow"), "back.stow"]);
     assert!(back["lacks_parent"].is_null());
+
+    // A full image becomes a delta on its way there, and on its way here.
+    answer(&["convert", "bb.stow", "flat.stow"]);
+    let as_delta = ["--parent", "a.stow", "--as-delta"];
+    let (pushed, full) = (other.location("pushed.stow"), other.location("full.stow"));
+    answer(&[&["copy", "flat.stow", &pushed], &as_delta[..]].concat());
+    answer(&["copy", "flat.stow", &full]);
+    answer(&[&["copy", &full, "pulled.stow"], &as_delta[..]].concat());
+    for delta in [pushed.as_str(), "pulled.stow"] {
+        let verified = answer(&["verify", delta]);
+        assert_eq!(verified["is_whole"], true);
+        assert_eq!(verified["parents"].as_array().unwrap().len(), 1);
+    }
+    let pushed = fs::metadata(other.path("pushed.stow")).unwrap().len();
+    assert!(pushed.max(len(dir, "pulled.stow")) * 4 < len(dir, "flat.stow"));
+    for name in ["flat.stow", "pulled.stow"] {
+        fs::remove_file(dir.join(name)).unwrap();
+    }
 }
 
 /// A copy without its parent is checked as far as that goes, and beside its parent wholly.

@@ -1,13 +1,22 @@
 //! `vmstow copy`
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use tempfile::TempDir;
 
+use super::save::open_parent;
 use super::ui::Ui;
-use super::{About, Outcome};
+use super::{About, Failure, Outcome};
+use crate::codec;
+use crate::container::Layout;
+use crate::convert::{self, ConvertRequest};
+use crate::host::keys::SigningKey;
+use crate::image;
+use crate::pipeline::{self, Encoding};
 use crate::progress::Progress;
-use crate::store::Location;
+use crate::store::{Location, StoreError};
 use crate::transfer::{self, CopyParent, CopyReport, CopyRequest};
 use crate::units::human_bytes;
 
@@ -43,6 +52,10 @@ pub struct CopyArgs {
     #[arg(long, value_name = "IMAGE", conflicts_with = "no_parent")]
     parent: Option<Location>,
 
+    /// Copy a delta: only what --parent lacks, which is an image here and has to lie beside the copy whenever that is read
+    #[arg(long, requires = "parent")]
+    as_delta: bool,
+
     /// Use no image of an earlier save
     #[arg(long)]
     no_parent: bool,
@@ -53,6 +66,7 @@ Examples:
   vmstow copy web01.stow ssh://backup/srv/images/web01.stow
   vmstow copy ssh://root@host2:2222/~/web01.stow web01.stow --bwlimit 20M
   vmstow copy web01.stow ssh://backup/srv/images/tuesday.stow --parent monday.stow
+  vmstow copy tuesday.stow ssh://backup/srv/images/ --parent monday.stow --as-delta
   vmstow copy web01.stow s3://images/web01.stow
   vmstow copy web01.stow oci://registry.example/lab/web01:monday
 
@@ -84,7 +98,7 @@ pub(super) fn rate(text: &str) -> Result<u64, String> {
 
 /// Copies, and says what arrived.
 pub fn run(args: &CopyArgs, ui: &Ui) -> Outcome {
-    let request = CopyRequest {
+    let mut request = CopyRequest {
         source: args.source.clone(),
         target: args.target.clone(),
         may_replace: args.replace,
@@ -95,7 +109,19 @@ pub fn run(args: &CopyArgs, ui: &Ui) -> Outcome {
             (None, false) => CopyParent::Found,
         },
     };
+    let delta = match &args.parent {
+        Some(parent) if args.as_delta => Some(delta(args, parent, ui)?),
+        _ => None,
+    };
+    if let Some((_, delta)) = &delta {
+        request.source.clone_from(delta);
+        request.parent = CopyParent::None;
+    }
     let report = transfer::copy(&request, ui).about(&args.source)?;
+    let report = CopyReport {
+        source: args.source.to_string(),
+        ..report
+    };
     if report.lacks_parent {
         ui.warn(
             "the copy is a delta whose parent is not beside it: of its chunks only the checksums were looked at, not the digests",
@@ -103,6 +129,64 @@ pub fn run(args: &CopyArgs, ui: &Ui) -> Outcome {
     }
     ui.answer(&report, human)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Makes a delta of the image in a directory that ends with what is given.
+fn delta(args: &CopyArgs, parent: &Location, ui: &Ui) -> Result<(TempDir, Location), Failure> {
+    let near = args.target.path().or_else(|| args.source.path());
+    let near = near.map(|path| match path.is_dir() {
+        true => path,
+        false => path.parent().unwrap_or(Path::new("")),
+    });
+    let near = match near {
+        Some(near) if near.as_os_str().is_empty() => PathBuf::from("."),
+        Some(near) => near.to_owned(),
+        None => std::env::temp_dir(),
+    };
+    let dir = tempfile::tempdir_in(&near).map_err(|source| StoreError::File {
+        act: "create",
+        path: near,
+        source,
+    })?;
+    let mut full = args.source.clone();
+    if full.is_far() {
+        // What the parent has does not come over.
+        full = Location::Path(dir.path().join("full.stow"));
+        let request = CopyRequest {
+            source: args.source.clone(),
+            target: full.clone(),
+            may_replace: false,
+            bytes_per_second: args.bwlimit,
+            parent: CopyParent::Named(parent.clone()),
+        };
+        transfer::copy(&request, ui).about(&args.source)?;
+    }
+    let name = args.source.file_name();
+    let name = name.unwrap_or_else(|| "delta.stow".into());
+    let made = dir.path().join("made");
+    std::fs::create_dir(&made).map_err(|source| StoreError::File {
+        act: "create",
+        path: made.clone(),
+        source,
+    })?;
+    let made = Location::Path(made.join(name));
+    let request = ConvertRequest {
+        target: made.clone(),
+        may_replace: false,
+        encoding: Encoding {
+            layout: Layout::Zstd,
+            level: codec::DEFAULT_LEVEL,
+            chunk_len: pipeline::DEFAULT_CHUNK_LEN,
+            threads: pipeline::default_threads(),
+            twins: open_parent(Some(parent), Layout::Zstd, &args.target, ui)?,
+        },
+        key: Some(SigningKey::load_or_create()?),
+        is_vouched: false,
+        xml: None,
+    };
+    let opened = image::open(&full).about(&args.source)?;
+    convert::convert(&opened, &request, ui).about(&args.source)?;
+    Ok((dir, made))
 }
 
 fn human(report: &CopyReport) -> String {

@@ -24,6 +24,7 @@ use crate::store::remote::RemoteError;
 use crate::store::web::WebError;
 use crate::stream::StreamError;
 use crate::supervise::SuperviseError;
+use crate::transfer::TransferError;
 
 /// The sentence behind `error:`.
 pub fn headline(error: &Error, image: Option<&str>) -> String {
@@ -178,6 +179,9 @@ pub fn advice(error: &Error, image: Option<&str>) -> Option<String> {
     }
     if let Some(advice) = container_error(error).and_then(|error| container_advice(error, image)) {
         return Some(advice);
+    }
+    if let Some(TransferError::DeltaThere { .. }) = error.downcast_ref() {
+        return Some("make a full image of it with `vmstow convert`, and copy that".to_owned());
     }
     if let Some(advice) = error.downcast_ref().and_then(remote_advice) {
         return Some(advice.to_owned());
