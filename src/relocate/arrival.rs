@@ -47,8 +47,10 @@ const KILL_TAKES: Duration = Duration::from_secs(10);
 const LOOKS: u32 = 4;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
-/// Records of moves that came to nothing, and images that nobody fetched, are removed when they are this old.
+/// Records of moves that came to nothing are removed when they are this old; images of moves that have none, which nobody
+/// sends any more, much earlier.
 const OLD: Duration = Duration::from_secs(7 * 24 * 3600);
+const UNSENT: Duration = Duration::from_secs(600);
 
 /// How far a guest is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -260,11 +262,25 @@ impl Arrivals {
         {
             let age = entry.metadata().and_then(|it| it.modified());
             let age = age.map(|time| SystemTime::now().duration_since(time).unwrap_or_default());
-            let is_lock = entry.file_name() == "lock";
-            if age.is_ok_and(|age| age > OLD) && !is_lock {
-                let _ = fs::remove_file(entry.path());
+            let path = entry.path();
+            let limit = match path.extension().and_then(|it| it.to_str()) {
+                Some("json") => OLD,
+                // Whoever was killed while writing it; nobody writes now.
+                Some("new") => Duration::ZERO,
+                Some("stow" | "part") if !self.has_record(&path) => UNSENT,
+                _ => continue,
+            };
+            if age.is_ok_and(|age| age >= limit) {
+                let _ = fs::remove_file(path);
             }
         }
+    }
+
+    /// Whether there is a record of the move whose image this is.
+    fn has_record(&self, image: &Path) -> bool {
+        let name = image.file_name().and_then(|name| name.to_str());
+        let id = name.and_then(|name| name.split('.').next());
+        id.is_some_and(|id| self.directory.join(format!("{id}.json")).exists())
     }
 
     fn read(&self, id: Uuid) -> Result<Option<Record>> {
