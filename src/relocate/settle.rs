@@ -99,7 +99,9 @@ pub fn finish(departure: &Departure, mut host: Host, progress: &dyn Progress) ->
     } else {
         // What it does not forget now, it does by and by.
         let nothing: &[u8] = &[];
-        let _ = host.end(departure.id, &nothing, progress);
+        if host.end(departure.id, &nothing, progress).is_err() && host.reconnect().is_ok() {
+            let _ = host.end(departure.id, &nothing, progress);
+        }
     }
     departure.forget()
 }

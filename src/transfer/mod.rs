@@ -202,8 +202,8 @@ fn take(
         bytes_per_second: request.bytes_per_second,
         is_far,
         parent: match &request.parent {
-            // A file that is near is read as quickly as another one.
-            CopyParent::Found if !is_far => ParentChoice::None,
+            // A file that is near is read as quickly as another one; of what nobody compares, only equal chunks would help.
+            CopyParent::Found if asker.is_none() => ParentChoice::None,
             CopyParent::Found => ParentChoice::Found,
             CopyParent::Named(Location::Path(path)) => ParentChoice::Named(path.clone()),
             CopyParent::Named(elsewhere) => {

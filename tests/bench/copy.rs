@@ -275,10 +275,11 @@ impl Bench<'_> {
             said.trim().parse().expect("wc says a number")
         };
         let pages = count("zstd -3 -cq \"$0\" | wc -c", &[&changed.bytes]);
-        let stream = self.work.join("stream");
+        let [old, new] = ["old", "new"].map(|name| self.work.join(&format!("stream-{name}")));
         let patch = count(
-            "zstd -dcq \"$0\" >\"$2\" && zstd -dcq \"$1\" | zstd -3 -cq --long=31 --patch-from=\"$2\" | wc -c; rm \"$2\"",
-            &[before, after, &stream],
+            "zstd -dcq \"$0\" >\"$2\" && zstd -dcq \"$1\" >\"$3\" && \
+             zstd -3 -cq --long=31 --patch-from=\"$2\" \"$3\" | wc -c && rm \"$2\" \"$3\"",
+            &[before, after, &old, &new],
         );
         let crossed = results.bytes_of(self.guest, work, OURS);
         let all = after.metadata().unwrap().len();

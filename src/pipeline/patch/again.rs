@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_level_is_found_and_kept() {
+    fn the_level_is_found() {
         let raw = text();
         let recipe = Recipe::default();
         let mut restorer = Restorer::default();
@@ -155,7 +155,8 @@ mod tests {
                 .unwrap();
             let made = restorer.store(&recipe, &entry(&raw, &stored), &raw);
             assert_eq!(made.unwrap(), Some(stored.as_slice()), "{level}");
-            assert_eq!(recipe.known().level, level);
+            // Another level may make the same of it.
+            assert_eq!(recipe.known().failures, 0);
         }
     }
 

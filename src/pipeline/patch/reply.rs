@@ -7,7 +7,7 @@ use std::thread;
 use super::wire::{Asked, MAX_RAW_LEN, MAX_REST_LEN, Question, Reply, State};
 use super::{PIECE_LEN, around, hash_around, short_hash};
 use crate::bytes::ReadAt;
-use crate::codec::{Compressor, DEFAULT_LEVEL};
+use crate::codec::Compressor;
 use crate::container::layout::ENTRIES_PER_PAGE;
 use crate::container::{ChunkEntry, ChunkKind, ContainerError, Image};
 use crate::pipeline::PipelineError;
@@ -16,6 +16,9 @@ use crate::units::ChunkIndex;
 
 /// More threads than that find no work in one question.
 const MOST_THREADS: usize = 8;
+
+/// zstd's level for the bytes that a reply adds.
+const LEVEL: i32 = 3;
 
 /// A guess of which more than this part is wrong, in eighths, saves nothing where chunks are compressed.
 const WORTH: usize = 6;
@@ -104,7 +107,7 @@ impl<R: ReadAt> Replier<R> {
         if !rest.is_empty() {
             let compressor = match &mut self.compressor {
                 Some(compressor) => compressor,
-                none => none.insert(Compressor::new(DEFAULT_LEVEL).map_err(PipelineError::Codec)?),
+                none => none.insert(Compressor::new(LEVEL).map_err(PipelineError::Codec)?),
             };
             let mut frame = Vec::new();
             let made = compressor.compress(&rest, &mut frame);

@@ -263,7 +263,7 @@ impl ReadAt for RemoteFile {
     }
 
     fn read_to(&self, buf: &mut Vec<u8>, len: usize, offset: u64) -> io::Result<()> {
-        if len > MAX_BODY_LEN as usize {
+        if len == 0 || len > MAX_BODY_LEN as usize {
             buf.resize(len, 0);
             return self.read_exact_at(buf, offset);
         }
