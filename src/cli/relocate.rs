@@ -33,7 +33,7 @@ pub struct MoveArgs {
     /// The guest: qmp:/path/to/monitor.sock, pid:NUMBER, or the name of a guest that vmstow runs
     source: Source,
 
-    /// Where to: [USER@]HOST[:PORT]
+    /// Where to: a host, with USER@ before it and :PORT behind it if need be
     #[arg(value_parser = check::host, required_unless_present = "settle")]
     host: Option<SshLocation>,
 

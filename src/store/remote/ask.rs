@@ -98,7 +98,7 @@ impl Asker {
         self.wait_for(|state| state.arrived.remove(&number))
     }
 
-    /// From now on the peer may give orders, at most [`MAX_REQUESTS`] ahead; [`Asker::next_order`] gives them.
+    /// From now on the peer may give orders, a limited number ahead; [`Asker::next_order`] gives them.
     pub fn expect_orders(&self) {
         lock(&self.state).orders.get_or_insert_default();
     }
