@@ -203,7 +203,22 @@ impl Arrivals {
         })
     }
 
-    /// Lets a guest run of which GO was heard, and writes down what came of it.
+    /// Lets a guest run of which GO was heard just now, and writes down what came of it. If that is not known the guest is
+    /// ended: it must not run while somebody decides where it shall.
+    fn let_run_first(&self, id: Uuid, record: &Record) -> Result<Became> {
+        match self.let_run(id, record) {
+            Err(_) => {
+                let _ = end_held(id);
+                Ok(Became::Lost)
+            }
+            became => became,
+        }
+    }
+
+    /// Lets a guest run of which GO was heard, if it does not, and writes down what came of it.
+    ///
+    /// # Errors
+    /// QEMU does not say whether it runs.
     fn let_run(&self, id: Uuid, record: &Record) -> Result<Became> {
         let Some(guest) = &record.guest else {
             return Ok(Became::Lost);
@@ -214,13 +229,14 @@ impl Arrivals {
                 let _ = self.write(id, &record.in_state(State::Runs));
                 Ok(Became::Runs(guest.runs(&state)))
             }
-            Err(error) if error.is_gone() || !guest.qemu.is_alive() => Ok(Became::Lost),
-            Err(_) => {
-                // QEMU refused. First of all it must not be asked again.
+            Err(QmpError::Refused { .. }) => {
+                // First of all it must not be asked again.
                 end_held(id)?;
                 let _ = self.write(id, &record.in_state(State::Refused));
                 Ok(Became::Refused)
             }
+            Err(error) if error.is_gone() || !guest.qemu.is_alive() => Ok(Became::Lost),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -359,7 +375,7 @@ impl Arrival {
         };
         let record = record.in_state(State::Heard);
         arrivals.write(id, &record)?;
-        arrivals.let_run(id, &record)
+        arrivals.let_run_first(id, &record)
     }
 
     /// The guest will not be let run: nobody asks for it any more.

@@ -51,6 +51,11 @@ pub fn settle(departure: &Departure, progress: &dyn Progress) -> Result<Settled>
         why,
     })?;
     match became {
+        // Its user has decided, and let it run on here.
+        Became::Lost if is_running(departure) => {
+            departure.forget()?;
+            Ok(Settled::TakenBack)
+        }
         Became::Lost => Err(MoveError::Lost { guest, host }.into()),
         Became::Refused => {
             put_back(departure).map_err(|why| MoveError::NotPutBack { guest, host, why })?;
