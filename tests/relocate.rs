@@ -5,8 +5,9 @@
 mod support;
 
 use std::process::{Child, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{
     Adopted, Guest, GuestSpec, Host, PATIENCE, Serial, TestDir, TwoHosts, counter_xml, fill,
@@ -346,7 +347,7 @@ fn moves_although_killed(kill: Kill) {
         wait_for_silence(&dir);
         let (here, there) = (from.qemus(&dir).len(), to.qemus(&dir).len());
         assert!(here + there >= 1, "round {round}: it is nowhere: {said}");
-        if here > 0 {
+        if here > 0 || !from.records("moves").is_empty() {
             from.json(&dir, &["move", "web", name]);
             wait_for_silence(&dir);
         }
@@ -381,6 +382,75 @@ fn a_mover_that_is_killed_at_whatever_moment_leaves_the_guest_at_one_place_in_th
 #[test]
 fn a_peer_that_is_killed_at_whatever_moment_leaves_the_guest_at_one_place_in_the_end() {
     moves_although_killed(Kill::Servers);
+}
+
+/// Starts a move whose QEMU here stands still right behind GO, and kills the mover once the guest is known to run there.
+/// QEMU here gets this signal then. `false` if the move was over before QEMU could be held.
+fn killed_before_its_end_here(from: &Host, to: &str, dir: &TestDir, then: Signal) -> bool {
+    let qemu = from.qemus(dir).remove(0);
+    let mut child = start(from, dir, &["move", "web", to, "--stream"]);
+    let begin = Instant::now();
+    while from.records("moves").is_empty() && child.try_wait().unwrap().is_none() {
+        assert!(begin.elapsed() < PATIENCE);
+        std::thread::yield_now();
+    }
+    qemu.signal(Signal::STOP);
+    let is_over = wait_until("the guest to run there", PATIENCE, || {
+        if child.try_wait().unwrap().is_some() {
+            return Ok(true);
+        }
+        let records = from.records("moves").into_iter();
+        let mut records = records.map(|path| std::fs::read_to_string(path).unwrap_or_default());
+        let runs = records.any(|text| {
+            serde_json::from_str(&text).is_ok_and(|record: Value| !record["there"].is_null())
+        });
+        runs.then_some(false).ok_or("it does not".to_string())
+    });
+    if !is_over {
+        child.kill().unwrap();
+    }
+    child.wait().unwrap();
+    qemu.signal(then);
+    wait_for_silence(dir);
+    !from.records("moves").is_empty()
+}
+
+#[test]
+fn a_guest_that_runs_there_ends_here_however_its_mover_was_killed() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), "");
+    let xml_file = dir.join("web.xml");
+    std::fs::write(&xml_file, xml).unwrap();
+    let words = ["run", xml_file.to_str().unwrap(), "--name", "web"];
+    hosts.a.json(&dir, &words);
+    let serial = Serial::at(dir.join("serial"));
+    serial.wait_for_tick(3);
+    let (mut from, mut to, mut name) = (&hosts.a, &hosts.b, "b");
+    let mut caught = 0;
+    for _ in 0..10 {
+        // Once it is still here, once it has ended.
+        let then = [Signal::CONT, Signal::KILL][caught];
+        if killed_before_its_end_here(from, name, &dir, then) {
+            let report = from.json(&dir, &["move", "web", name]);
+            assert_eq!(report["sent"], json!(null), "{report}");
+            assert!(from.records("moves").is_empty());
+            caught += 1;
+        }
+        assert_eq!((from.qemus(&dir).len(), to.qemus(&dir).len()), (0, 1));
+        let before = serial.mark();
+        serial.assert_goes_on_to(&before, before.last_tick() + 2);
+        (from, to) = (to, from);
+        name = if name == "b" { "a" } else { "b" };
+        if caught == 2 {
+            break;
+        }
+    }
+    assert_eq!(caught, 2, "it was never held in time");
+    from.json(&dir, &["stop", "web"]);
+    // What is over and forgotten is no move.
+    let (said, _) = to.refused(&dir, &["move", "web", name]);
+    assert!(said.contains("web"), "{said}");
 }
 
 #[test]

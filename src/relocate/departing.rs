@@ -99,7 +99,10 @@ impl<'a> Departing<'a> {
     pub fn finish(self) -> Result<Runs> {
         let guest = self.departure.guest.clone();
         let runs = self.runs.ok_or(MoveError::NothingToSettle { guest })?;
-        let departure = self.departure.runs_there(&runs)?;
+        let departure = match self.departure.there {
+            Some(_) => self.departure,
+            None => self.departure.runs_there(&runs)?,
+        };
         quit_here(&departure)?;
         finish(&departure, self.host, self.progress)?;
         Ok(runs)
@@ -288,6 +291,10 @@ impl Sink for Departing<'_> {
     fn publish(&mut self) -> Result<(), PublishError> {
         let (error, is_known) = match self.hand_over() {
             Ok(runs) => {
+                // At once, for whoever goes on if this is killed; if it cannot be, that is told where it ends here.
+                if let Ok(departure) = self.departure.runs_there(&runs) {
+                    self.departure = departure;
+                }
                 self.runs = Some(runs);
                 return Ok(());
             }

@@ -90,17 +90,19 @@ impl Departure {
         Ok(None)
     }
 
-    /// The move of a guest that has ended here and still gets its memory from here.
+    /// The move of a guest that has ended here, and of which something is left to do: first one that still gets its memory
+    /// from here, else one of which this host has not been told yet that it is over.
     ///
     /// # Errors
     /// What keeps records from being read.
-    pub fn served_from_here(source: &Source) -> Result<Option<Self>> {
+    pub fn ended_here(source: &Source) -> Result<Option<Self>> {
+        let mut ended = None;
         let entries = fs::read_dir(Lasting::find()?.moves()).into_iter().flatten();
         for entry in entries.flatten() {
             let path = entry.path();
             let is_record = path.extension() == Some("json".as_ref());
             let departure = if is_record { read(&path)? } else { None };
-            let Some(departure) = departure.filter(|one| one.image.is_some()) else {
+            let Some(departure) = departure else {
                 continue;
             };
             let is_it = match source {
@@ -111,10 +113,15 @@ impl Departure {
                 }
             };
             if is_it && !departure.qemu.is_alive() {
-                return Ok(Some(departure));
+                if departure.image.is_some() {
+                    return Ok(Some(departure));
+                }
+                if departure.boot_id == boot_id() {
+                    ended = Some(departure);
+                }
             }
         }
-        Ok(None)
+        Ok(ended)
     }
 
     /// Writes down that the guest runs there, durably, before it ends here.

@@ -191,11 +191,18 @@ pub fn settle_move(
 
 /// The guest's name, and the move of it that was cut off.
 fn earlier_move(saving: &SaveRequest) -> Result<(String, Option<Departure>)> {
-    if let Some(departure) = Departure::served_from_here(&saving.source)? {
-        return Ok((departure.guest.clone(), Some(departure)));
+    let ended = Departure::ended_here(&saving.source)?;
+    let still_read = ended.as_ref().is_some_and(|it| it.image.is_some());
+    let seen = Plan::look(saving);
+    match ended {
+        Some(departure) if still_read || seen.is_err() => {
+            Ok((departure.guest.clone(), Some(departure)))
+        }
+        _ => {
+            let seen = seen?;
+            Ok((seen.report().name.clone(), Departure::of(seen.process())?))
+        }
     }
-    let seen = Plan::look(saving)?;
-    Ok((seen.report().name.clone(), Departure::of(seen.process())?))
 }
 
 fn settled(departure: Departure, runs: Runs, host: &SshLocation) -> MoveReport {

@@ -41,7 +41,11 @@ pub fn settle(departure: &Departure, progress: &dyn Progress) -> Result<Settled>
     let (guest, host) = (departure.guest.clone(), location.host.clone());
     if let Some(runs) = &departure.there {
         quit_here(departure)?;
-        serve_again(departure, &location, progress)?;
+        match (&departure.image, Host::connect(&location)) {
+            (Some(_), _) => serve_again(departure, &location, progress)?,
+            (None, Ok(connection)) => finish(departure, connection, progress)?,
+            (None, Err(_)) => departure.forget()?,
+        }
         return Ok(Settled::Moved(runs.clone()));
     }
     let asked = there::ask(&location, departure.id, progress);
