@@ -314,7 +314,7 @@ impl FileSink {
     fn note_written(&mut self, len: usize) {
         self.written += len as u64;
         if self.written - self.flushed >= FLUSH_LEN {
-            start_writeback(&self.file);
+            write_and_forget(&self.file);
             self.flushed = self.written;
         }
     }
@@ -385,9 +385,10 @@ pub(super) fn parent(path: &Path) -> &Path {
         .unwrap_or(Path::new("."))
 }
 
-/// Lets the kernel begin to write what it holds of the file, without waiting for it.
-pub(super) fn start_writeback(file: &File) {
-    // Advice that a page is not needed again starts its writeback; failure costs speed only.
+/// Lets the kernel begin to write what it holds of the file, without waiting for it, and forget what is written. Failure costs
+/// speed only.
+fn write_and_forget(file: &File) {
+    // Advice that a page is not needed again starts its writeback.
     let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
 }
 

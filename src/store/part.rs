@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use super::file::{FLUSH_LEN, lock_failed, parent, rename, start_writeback, sync_names};
+use super::file::{FLUSH_LEN, lock_failed, parent, rename, sync_names};
 use super::{FileIdentity, FileSource, StoreError, check_target};
 use crate::bytes::{PublishError, WriteAt};
 
@@ -135,6 +136,13 @@ impl PartFile {
         let path = self.path.clone();
         move |source| StoreError::File { act, path, source }
     }
+}
+
+/// Lets the kernel begin to write what it holds of the file, without waiting for it. It goes on holding it: what was copied is
+/// often read next, by a restore.
+fn start_writeback(file: &File) {
+    // SAFETY: the call takes numbers only, and `file` keeps the descriptor open. Failure costs speed only.
+    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 impl WriteAt for PartFile {
