@@ -24,6 +24,7 @@ pub mod codec;
 pub mod digest;
 pub mod error;
 pub mod progress;
+pub mod rate;
 pub mod units;
 
 pub mod config;

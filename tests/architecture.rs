@@ -25,7 +25,9 @@ const LINES: [&[&str]; 8] = [
     &["image"],
     &["pipeline", "supervise"],
     &["container", "stream", "config", "qmp", "store", "host"],
-    &["error", "progress", "units", "bytes", "codec", "digest"],
+    &[
+        "error", "progress", "units", "bytes", "codec", "digest", "rate",
+    ],
 ];
 
 /// The line whose modules may use each other.

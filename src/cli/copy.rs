@@ -71,7 +71,8 @@ Examples:
   vmstow copy web01.stow oci://registry.example/lab/web01:monday
 
 Environment:
-  VMSTOW_SSH             the command that is used for ssh, with its options
+  VMSTOW_SSH             the command that is used for ssh, with its options (AES-GCM is put before ChaCha20 where ssh allows
+                         both and prefers the latter; `ssh -c CIPHER` keeps to one)
   VMSTOW_REMOTE_PROGRAM  vmstow's path on the other host
   AWS_ENDPOINT_URL       the object store, if it is not Amazon's; AWS_REGION its region
   AWS_ACCESS_KEY_ID      the key, with AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN

@@ -7,7 +7,6 @@
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use super::PipelineError;
 use super::fetch::{ChunkTable, MOST_AT_ONCE};
@@ -17,6 +16,7 @@ use crate::bytes::ReadAt;
 use crate::container::{ChunkEntry, ContainerError, Image};
 use crate::digest::{Digest, Hasher};
 use crate::progress::Progress;
+use crate::rate::RateLimit;
 use crate::units::FileOffset;
 
 /// Bytes of a load that are kept until it is sent.
@@ -27,9 +27,6 @@ const PIECE: u64 = 1 << 20;
 
 /// Bytes of a parcel that are given out at once.
 const SENT_PIECE: usize = 64 << 10;
-
-/// The longest sleep of a worker that keeps to a rate.
-const NAP: Duration = Duration::from_millis(50);
 
 /// A piece of the file that travels as one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,7 +88,7 @@ pub fn send_parcels<S: ReadAt, R: ReadAt, E: From<PipelineError> + Send>(
 ) -> Result<Vec<Sent>, E> {
     let next = AtomicUsize::new(0);
     let is_over = AtomicBool::new(false);
-    let rate = Rate::new(sending.bytes_per_second);
+    let rate = RateLimit::new(sending.bytes_per_second);
     let work = || {
         let mut worker = Worker {
             source: sending.source,
@@ -150,7 +147,7 @@ impl<S: ReadAt> Worker<'_, S> {
         load: &Load,
         table: &ChunkTable<'_, R>,
         send: &(dyn Fn(&Parcel<'_>) -> Result<bool, E> + Sync),
-        rate: &Rate,
+        rate: &RateLimit,
         progress: &dyn Progress,
     ) -> Result<Sent, E> {
         let digest = self.read(load, table, progress)?;
@@ -289,7 +286,7 @@ pub struct Parcel<'a> {
     load: &'a Load,
     kept: Option<&'a [u8]>,
     source: &'a dyn ReadAt,
-    rate: &'a Rate,
+    rate: &'a RateLimit,
     progress: &'a dyn Progress,
     /// Bytes that progress was told of.
     told: AtomicU64,
@@ -350,48 +347,15 @@ impl Read for ParcelBody<'_> {
         let parcel = self.parcel;
         let most = buf.len().min(SENT_PIECE);
         let read = parcel.read_at(&mut buf[..most], self.at)?;
-        if !parcel.rate.wait_for(read, parcel.progress) {
+        let is_over = || parcel.progress.is_cancelled();
+        parcel.rate.wait_for(read, &is_over);
+        if is_over() {
             return Err(io::Error::other(PipelineError::Cancelled));
         }
         self.at += read as u64;
         let told = parcel.told.fetch_max(self.at, Ordering::Relaxed);
         parcel.progress.advance(self.at.saturating_sub(told));
         Ok(read)
-    }
-}
-
-/// Bytes a second, at most, for all workers together.
-struct Rate {
-    per_second: Option<u64>,
-    begin: Instant,
-    given: AtomicU64,
-}
-
-impl Rate {
-    fn new(per_second: Option<u64>) -> Self {
-        Rate {
-            per_second,
-            begin: Instant::now(),
-            given: AtomicU64::new(0),
-        }
-    }
-
-    /// Waits until `len` bytes more may go; whether they still shall.
-    fn wait_for(&self, len: usize, progress: &dyn Progress) -> bool {
-        let before = self.given.fetch_add(len as u64, Ordering::Relaxed);
-        let rate = self.per_second.map_or(u64::MAX, |rate| rate.max(1));
-        let due = u128::from(before) * 1_000_000 / u128::from(rate);
-        loop {
-            if progress.is_cancelled() {
-                return false;
-            }
-            let left = due.saturating_sub(self.begin.elapsed().as_micros());
-            if left == 0 {
-                return true;
-            }
-            let left = Duration::from_micros(u64::try_from(left).unwrap_or(u64::MAX));
-            thread::sleep(left.min(NAP));
-        }
     }
 }
 
@@ -406,7 +370,7 @@ mod tests {
             load,
             kept,
             source,
-            rate: &Rate::new(None),
+            rate: &RateLimit::new(None),
             progress: &Silent,
             told: AtomicU64::new(0),
         };

@@ -2,53 +2,17 @@
 
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use crate::progress::Progress;
+use crate::rate::RateLimit;
 
 /// Bytes that are given at once.
 const PIECE_LEN: usize = 64 << 10;
 
-/// The longest sleep of who keeps to a rate.
-const NAP: Duration = Duration::from_millis(50);
-
-/// A rate that several readers keep together.
-#[derive(Debug)]
-pub struct Pace {
-    begin: Instant,
-    given: AtomicU64,
-    bytes_per_second: Option<u64>,
-}
-
-impl Pace {
-    /// From now on; `None` is no limit.
-    pub fn new(bytes_per_second: Option<u64>) -> Self {
-        Pace {
-            begin: Instant::now(),
-            given: AtomicU64::new(0),
-            bytes_per_second,
-        }
-    }
-
-    /// Waits until `len` bytes more may go, or it is over.
-    fn keep(&self, len: usize, is_over: &dyn Fn() -> bool) {
-        let before = self.given.fetch_add(len as u64, Ordering::Relaxed);
-        let Some(rate) = self.bytes_per_second else {
-            return;
-        };
-        let due = u128::from(before) * 1_000_000 / u128::from(rate.max(1));
-        while self.begin.elapsed().as_micros() < due && !is_over() {
-            let left = due.saturating_sub(self.begin.elapsed().as_micros());
-            let left = Duration::from_micros(u64::try_from(left).unwrap_or(u64::MAX));
-            std::thread::sleep(left.min(NAP));
-        }
-    }
-}
-
 /// Reads from memory at a pace.
 pub struct PacedReader<'a> {
     bytes: &'a [u8],
-    pace: &'a Pace,
+    limit: &'a RateLimit,
     is_over: &'a dyn Fn() -> bool,
     given: u64,
     shown: Option<(&'a dyn Progress, &'a AtomicU64)>,
@@ -56,10 +20,10 @@ pub struct PacedReader<'a> {
 
 impl<'a> PacedReader<'a> {
     /// A reader that fails once it is over.
-    pub fn new(bytes: &'a [u8], pace: &'a Pace, is_over: &'a dyn Fn() -> bool) -> Self {
+    pub fn new(bytes: &'a [u8], limit: &'a RateLimit, is_over: &'a dyn Fn() -> bool) -> Self {
         PacedReader {
             bytes,
-            pace,
+            limit,
             is_over,
             given: 0,
             shown: None,
@@ -76,7 +40,7 @@ impl<'a> PacedReader<'a> {
 impl Read for PacedReader<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let len = buf.len().min(PIECE_LEN).min(self.bytes.len());
-        self.pace.keep(len, self.is_over);
+        self.limit.wait_for(len, self.is_over);
         if (self.is_over)() {
             return Err(io::Error::other("it was stopped"));
         }
@@ -94,6 +58,8 @@ impl Read for PacedReader<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[derive(Default)]
@@ -108,11 +74,11 @@ mod tests {
     #[test]
     fn what_is_sent_again_is_shown_once() {
         let (counted, most) = (Counted::default(), AtomicU64::new(0));
-        let pace = Pace::new(None);
+        let limit = RateLimit::new(None);
         let bytes = vec![7; 3 * PIECE_LEN];
         let go_on = || false;
         for len in [2 * PIECE_LEN, 3 * PIECE_LEN] {
-            let reader = PacedReader::new(&bytes, &pace, &go_on);
+            let reader = PacedReader::new(&bytes, &limit, &go_on);
             let mut read = Vec::new();
             let mut reader = reader.shown_on(&counted, &most).take(len as u64);
             reader.read_to_end(&mut read).unwrap();
@@ -123,18 +89,18 @@ mod tests {
 
     #[test]
     fn it_keeps_to_the_rate_and_ends_when_it_is_over() {
-        let pace = Pace::new(Some(PIECE_LEN as u64 * 10));
+        let limit = RateLimit::new(Some(PIECE_LEN as u64 * 10));
         let bytes = vec![7; 3 * PIECE_LEN];
         let since = Instant::now();
         let go_on = || false;
         io::copy(
-            &mut PacedReader::new(&bytes, &pace, &go_on),
+            &mut PacedReader::new(&bytes, &limit, &go_on),
             &mut io::sink(),
         )
         .unwrap();
         assert!(since.elapsed() >= Duration::from_millis(200));
         let is_over = || true;
-        let mut reader = PacedReader::new(&bytes, &pace, &is_over);
+        let mut reader = PacedReader::new(&bytes, &limit, &is_over);
         assert!(reader.read(&mut [0; 8]).is_err());
     }
 }

@@ -14,13 +14,14 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use super::notes::UploadNotes;
-use super::pace::{Pace, PacedReader};
+use super::pace::PacedReader;
 use super::{CopyReport, CopyRequest};
 use crate::bytes::{PublishError, ReadAt};
 use crate::container::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::{self, Departure, PipelineError};
 use crate::progress::Progress;
+use crate::rate::RateLimit;
 use crate::store::object::{Bucket, MOST_PARTS, Part, PartDigest, Upload};
 use crate::store::web::WebError;
 use crate::store::{AnyFile, ObjectLocation};
@@ -229,7 +230,7 @@ struct Sender<'a> {
     begun: Unfinished,
     notes: &'a UploadNotes,
     progress: &'a dyn Progress,
-    pace: Pace,
+    limit: RateLimit,
     is_over: AtomicBool,
     sent: AtomicU64,
     kept: AtomicU64,
@@ -250,7 +251,7 @@ impl<'a> Sender<'a> {
             begun,
             notes,
             progress,
-            pace: Pace::new(request.bytes_per_second),
+            limit: RateLimit::new(request.bytes_per_second),
             is_over: AtomicBool::new(false),
             sent: AtomicU64::new(0),
             kept: AtomicU64::new(0),
@@ -296,7 +297,7 @@ impl<'a> Sender<'a> {
                     || self.progress.is_cancelled() || self.is_over.load(Ordering::Relaxed);
                 let shown = AtomicU64::new(0);
                 let body = || {
-                    let reader = PacedReader::new(bytes, &self.pace, &is_over);
+                    let reader = PacedReader::new(bytes, &self.limit, &is_over);
                     Box::new(reader.shown_on(self.progress, &shown)) as Box<dyn std::io::Read>
                 };
                 let etag = self.upload().put(number, len, &digest, &is_over, &body)?;

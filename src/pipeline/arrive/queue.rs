@@ -1,9 +1,7 @@
 //! What is still to be got, for all workers.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use super::Arrived;
 use super::earlier::{Way, Ways};
@@ -12,6 +10,7 @@ use crate::container::{ChunkEntry, Image};
 use crate::pipeline::fetch::{ChunkTable, MOST_AT_ONCE};
 use crate::pipeline::{DEFAULT_CHUNK_LEN, PipelineError};
 use crate::progress::Progress;
+use crate::rate::RateLimit;
 use crate::units::ChunkIndex;
 
 /// Stored bytes that are read at once: four chunks of the usual size, which are hashed side by side. A chunk is larger than its
@@ -25,21 +24,16 @@ const REQUESTS_A_SECOND: u64 = 64;
 const COMPARED_LEN: u64 = 5 << 20;
 const MOST_COMPARED: usize = 8;
 
-/// The longest sleep of a worker that keeps to a rate.
-const NAP: Duration = Duration::from_millis(50);
-
 /// What is still to be got, for all workers.
 pub struct Queue<'a> {
     lacking: &'a [ChunkIndex],
     /// The first of `lacking` that nobody took.
     next: Mutex<usize>,
     pub is_over: AtomicBool,
-    /// Bytes that were asked for.
-    asked: AtomicUsize,
+    /// Of bytes that are asked for.
+    limit: RateLimit,
     fetched: AtomicU64,
     made: AtomicU64,
-    begin: Instant,
-    bytes_per_second: Option<u64>,
     progress: &'a dyn Progress,
     pub ways: &'a Ways<'a>,
 }
@@ -68,11 +62,9 @@ impl<'a> Queue<'a> {
             lacking,
             next: Mutex::new(0),
             is_over: AtomicBool::new(false),
-            asked: AtomicUsize::new(0),
+            limit: RateLimit::new(bytes_per_second),
             fetched: AtomicU64::new(0),
             made: AtomicU64::new(0),
-            begin: Instant::now(),
-            bytes_per_second,
             progress,
             ways,
         }
@@ -85,7 +77,7 @@ impl<'a> Queue<'a> {
         }
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let mut task = Task::Nothing;
-        let rate = self.bytes_per_second.unwrap_or(u64::MAX);
+        let rate = self.limit.bytes_per_second().unwrap_or(u64::MAX);
         let most = REQUEST_LEN.min(rate / REQUESTS_A_SECOND);
         while let Some(chunk) = self.lacking.get(*next) {
             if self.is_over.load(Ordering::Relaxed) {
@@ -117,28 +109,17 @@ impl<'a> Queue<'a> {
 
     /// Waits until `len` bytes more may be asked for.
     pub fn keep_to_rate(&self, len: usize) -> Result<(), PipelineError> {
-        let before = self.asked.fetch_add(len, Ordering::Relaxed) as u64;
-        let Some(rate) = self.bytes_per_second else {
-            return Ok(());
-        };
-        let due = u128::from(before) * 1_000_000 / u128::from(rate.max(1));
-        while self.begin.elapsed().as_micros() < due {
-            if self.progress.is_cancelled() {
-                return Err(PipelineError::Cancelled);
-            }
-            if self.is_over.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            let left = due.saturating_sub(self.begin.elapsed().as_micros());
-            let left = Duration::from_micros(u64::try_from(left).unwrap_or(u64::MAX));
-            thread::sleep(left.min(NAP));
+        let is_over = || self.progress.is_cancelled() || self.is_over.load(Ordering::Relaxed);
+        self.limit.wait_for(len, &is_over);
+        match self.progress.is_cancelled() {
+            true => Err(PipelineError::Cancelled),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Bytes came, how many was not known before.
     pub fn came(&self, len: usize) {
-        self.asked.fetch_add(len, Ordering::Relaxed);
+        self.limit.count(len);
     }
 
     /// So many stored bytes were read and are right.
