@@ -19,7 +19,7 @@ use crate::units::{ChunkIndex, FileOffset};
 /// Bytes that are copied at a time where they are no chunks.
 const PIECE: u64 = 1 << 20;
 
-/// Requests on their way where the image is far: 2 MiB each, four times what ssh has on its way at a time.
+/// Requests on their way where the image is far: up to a MiB each, twice what ssh has on its way at a time.
 const FAR_THREADS: usize = 4;
 
 /// What is to be received.

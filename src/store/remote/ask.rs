@@ -1,12 +1,12 @@
 //! The asking side: requests of many threads over one connection.
 //!
-//! There is no thread of its own that reads: one of those who wait for an answer reads for all, and hands the others
-//! what is theirs.
+//! There is no thread of its own that reads: one of those who wait for an answer reads for all until it has its own, and wakes
+//! the others when theirs has come, each by itself. Then it wakes one of them to go on reading.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::frame::{Frame, FrameType, MAX_BODY_LEN, MAX_REQUESTS, MAX_TEXT_LEN};
 use super::peer::lock;
@@ -20,8 +20,12 @@ use crate::store::SshLocation;
 pub struct Asker {
     peer: Arc<Peer>,
     state: Mutex<State>,
-    changed: Condvar,
+    /// Rung when a request may begin.
+    room: Condvar,
 }
+
+/// The number by which those who wait for orders sleep: no request has it.
+const ORDERS: u64 = 0;
 
 #[derive(Debug, Default)]
 struct State {
@@ -31,6 +35,8 @@ struct State {
     /// What the peer says on its own account, if somebody waits for that.
     orders: Option<VecDeque<Frame>>,
     is_read: bool,
+    /// Who sleeps until the answer of this number is there, or somebody has to read: each with a bell of its own.
+    sleepers: Vec<(u64, Arc<Condvar>)>,
     failed: Option<RemoteError>,
 }
 
@@ -40,7 +46,7 @@ impl Asker {
         Asker {
             peer,
             state: Mutex::default(),
-            changed: Condvar::new(),
+            room: Condvar::new(),
         }
     }
 
@@ -80,10 +86,7 @@ impl Asker {
     fn begin(&self) -> Result<u64, RemoteError> {
         let mut state = lock(&self.state);
         while state.waiting.len() + state.arrived.len() >= MAX_REQUESTS && state.failed.is_none() {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            state = wait(&self.room, state);
         }
         if let Some(error) = &state.failed {
             return Err(error.clone());
@@ -95,7 +98,7 @@ impl Asker {
     }
 
     fn wait(&self, number: u64) -> Result<Frame, RemoteError> {
-        self.wait_for(|state| state.arrived.remove(&number))
+        self.wait_for(number, |state| state.arrived.remove(&number))
     }
 
     /// From now on the peer may give orders, a limited number ahead; [`Asker::next_order`] gives them.
@@ -109,27 +112,31 @@ impl Asker {
     /// The connection is gone.
     pub fn next_order(&self) -> Result<Frame, RemoteError> {
         self.expect_orders();
-        self.wait_for(|state| state.orders.as_mut()?.pop_front())
+        self.wait_for(ORDERS, |state| state.orders.as_mut()?.pop_front())
     }
 
     fn wait_for(
         &self,
+        number: u64,
         mut wanted: impl FnMut(&mut State) -> Option<Frame>,
     ) -> Result<Frame, RemoteError> {
         let mut state = lock(&self.state);
         loop {
             if let Some(frame) = wanted(&mut state) {
-                self.changed.notify_all();
+                if !state.is_read {
+                    state.wake(|_| true);
+                }
+                self.room.notify_one();
                 return Ok(frame);
             }
             if let Some(error) = &state.failed {
                 return Err(error.clone());
             }
             if state.is_read {
-                state = self
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(std::sync::PoisonError::into_inner);
+                let bell = Arc::new(Condvar::new());
+                state.sleepers.push((number, Arc::clone(&bell)));
+                state = wait(&bell, state);
+                state.sleepers.retain(|(_, it)| !Arc::ptr_eq(it, &bell));
                 continue;
             }
             state.is_read = true;
@@ -139,26 +146,59 @@ impl Asker {
             state.is_read = false;
             match outcome {
                 Ok(frame) if frame.frame_type.is_order() => match &mut state.orders {
-                    Some(orders) if orders.len() < MAX_REQUESTS => orders.push_back(frame),
-                    _ => state.failed = Some(self.peer.broke("an order that does not belong here")),
+                    Some(orders) if orders.len() < MAX_REQUESTS => {
+                        orders.push_back(frame);
+                        state.wake(|sleeper| sleeper == ORDERS);
+                    }
+                    _ => {
+                        let rule = "an order that does not belong here";
+                        self.end(&mut state, self.peer.broke(rule));
+                    }
                 },
                 Ok(frame) if state.waiting.remove(&frame.number) => {
-                    state.arrived.insert(frame.number, frame);
+                    let number = frame.number;
+                    state.arrived.insert(number, frame);
+                    state.wake(|sleeper| sleeper == number);
                 }
-                Ok(_) => state.failed = Some(self.peer.broke("an answer that nobody asked for")),
-                Err(error) => state.failed = Some(error),
+                Ok(_) => {
+                    let rule = "an answer that nobody asked for";
+                    self.end(&mut state, self.peer.broke(rule));
+                }
+                Err(error) => {
+                    self.end(&mut state, error);
+                }
             }
-            self.changed.notify_all();
         }
     }
 
     /// Ends it for all.
     fn fail(&self, error: RemoteError) -> RemoteError {
-        let mut state = lock(&self.state);
+        self.end(&mut lock(&self.state), error)
+    }
+
+    /// Ends it for all who sleep; gives why, by the first word of it.
+    fn end(&self, state: &mut State, error: RemoteError) -> RemoteError {
         let error = state.failed.get_or_insert(error).clone();
-        self.changed.notify_all();
+        for (_, bell) in &state.sleepers {
+            bell.notify_one();
+        }
+        self.room.notify_all();
         error
     }
+}
+
+impl State {
+    /// Wakes one of those who sleep.
+    fn wake(&self, whom: impl Fn(u64) -> bool) {
+        let mut sleepers = self.sleepers.iter();
+        if let Some((_, bell)) = sleepers.find(|(number, _)| whom(*number)) {
+            bell.notify_one();
+        }
+    }
+}
+
+fn wait<'a>(bell: &Condvar, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    bell.wait(state).unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the peer said in a frame of type [`FrameType::Failed`].
