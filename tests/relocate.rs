@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{
-    Adopted, Guest, GuestSpec, Host, PATIENCE, Serial, TestDir, TwoHosts, counter_xml, fill,
-    serial_into, wait_until,
+    Adopted, Guest, GuestSpec, Host, PATIENCE, Process, Serial, TestDir, TwoHosts, counter_xml,
+    fill, serial_into, wait_until,
 };
 
 /// The one QEMU of a host, which the test answers for.
@@ -432,6 +432,10 @@ fn a_guest_that_runs_there_ends_here_however_its_mover_was_killed() {
         // Once it is still here, once it has ended.
         let then = [Signal::CONT, Signal::KILL][caught];
         if killed_before_its_end_here(from, name, &dir, then) {
+            if caught == 0 {
+                let listed = from.json(&dir, &["list"]);
+                assert_eq!(listed["guests"][0]["moving_to"], json!(name), "{listed}");
+            }
             let report = from.json(&dir, &["move", "web", name]);
             assert_eq!(report["sent"], json!(null), "{report}");
             assert!(from.records("moves").is_empty());
@@ -451,6 +455,64 @@ fn a_guest_that_runs_there_ends_here_however_its_mover_was_killed() {
     // What is over and forgotten is no move.
     let (said, _) = to.refused(&dir, &["move", "web", name]);
     assert!(said.contains("web"), "{said}");
+}
+
+/// Whether a guest is loaded there and waits for GO.
+fn is_held(host: &Host) -> bool {
+    let records = host.records("arrivals").into_iter();
+    let mut records = records.filter_map(|path| std::fs::read(path).ok());
+    records.any(|bytes| {
+        serde_json::from_slice(&bytes)
+            .is_ok_and(|record: Value| record["state"] == "held" && !record["guest"].is_null())
+    })
+}
+
+#[test]
+fn a_guest_whose_qemu_there_does_not_answer_to_go_is_ended_there_and_kept_here() {
+    let dir = TestDir::new();
+    let hosts = TwoHosts::new(&dir);
+    let mut guest = Guest::start(&dir, GuestSpec::default());
+    guest.serial().wait_for_tick(3);
+    let source = guest.source();
+    let mut said = None;
+    // The moment between the load and GO is short: most moves are caught in it, not all.
+    for _ in 0..10 {
+        let mut child = start(&hosts.a, &dir, &["move", &source, "b", "--stream"]);
+        while !is_held(&hosts.b) && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        for qemu in hosts.b.qemus(&dir) {
+            qemu.signal(Signal::STOP);
+        }
+        let output = child.wait_with_output().unwrap();
+        wait_for_silence(&dir);
+        if !output.status.success() {
+            assert_eq!(output.status.code(), Some(5));
+            said = Some(String::from_utf8_lossy(&output.stderr).into_owned());
+            break;
+        }
+        // It was let run before; now it is there, and another one takes its place here.
+        hosts.b.qemus(&dir).iter().for_each(Process::kill);
+        guest.wait_for_exit();
+        guest = Guest::start(&dir, GuestSpec::default());
+        guest.serial().wait_for_tick(3);
+    }
+    let said = said.expect("QEMU there was never stopped in time");
+    assert!(said.contains("is not there any more"), "{said}");
+    assert!(said.contains("stays stopped here"), "{said}");
+    assert!(hosts.b.qemus(&dir).is_empty());
+    let (again, code) = hosts.a.refused(&dir, &["move", &source, "b"]);
+    assert_eq!(code, 5, "{again}");
+    assert!(again.contains("is not there any more"), "{again}");
+    // Its user decides: it runs on here, and can be moved.
+    let before = guest.serial().mark();
+    guest.qmp().command("cont", json!({}));
+    guest.serial().assert_goes_on(&before);
+    hosts.a.json(&dir, &["move", &source, "b"]);
+    guest.wait_for_exit();
+    let before = guest.serial().mark();
+    let _qemu = qemu_of(&hosts.b, &dir);
+    guest.serial().assert_goes_on(&before);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use super::ui::Ui;
 use crate::host::RuntimeDir;
 use crate::progress::Progress;
 use crate::qmp::QmpClient;
+use crate::relocate;
 use crate::supervise::{self, Damage, GuestDescription, Serving, damage_of, is_being_verified};
 
 /// How long a monitor may take to answer; one that somebody else uses never does.
@@ -37,6 +38,9 @@ struct ListedGuest {
     /// Whether the image that it runs on is being verified.
     #[serde(rename = "verifying", skip_serializing_if = "std::ops::Not::not")]
     is_being_verified: bool,
+    /// The host to which it was to move; it stands still until that is settled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    moving_to: Option<String>,
 }
 
 /// Prints a line a guest.
@@ -55,6 +59,14 @@ pub fn run(_: &ListArgs, ui: &Ui) -> Outcome {
         } else if serving.as_ref().is_some_and(Serving::is_broken_off) {
             ui.warn(&unserved(&guest.name));
         }
+        let moving_to = relocate::unsettled(guest.process)?;
+        if let Some(host) = &moving_to {
+            ui.warn(&format!(
+                "{name} is on its way to {host}, or such a move was cut off: then `vmstow move {name} --settle` ends it here or lets \
+                 it run on",
+                name = guest.name
+            ));
+        }
         guests.push(ListedGuest {
             state: match damage {
                 Some(_) => Some("damaged".to_owned()),
@@ -64,6 +76,7 @@ pub fn run(_: &ListArgs, ui: &Ui) -> Outcome {
             is_being_verified: damage.is_none() && is_being_verified(&dir),
             damage,
             serving,
+            moving_to,
         });
     }
     for name in &found.cut_off {

@@ -34,6 +34,7 @@ pub use there::restore_on;
 use there::{Host, Runs};
 
 use crate::error::Result;
+use crate::host::ProcessId;
 use crate::progress::Progress;
 use crate::save::{self, Plan, SaveReport, SaveRequest};
 use crate::store::SshLocation;
@@ -187,6 +188,14 @@ pub fn settle_move(
         Settled::Moved(runs) => (name, Some(settled(departure, runs, &host))),
         Settled::TakenBack => (name, None),
     })
+}
+
+/// The host to which the guest behind `process` was to move, if that move is not settled yet.
+///
+/// # Errors
+/// What keeps its record from being read.
+pub fn unsettled(process: ProcessId) -> Result<Option<String>> {
+    Ok(Departure::of(process)?.map(|departure| departure.names().1))
 }
 
 /// The guest's name, and the move of it that was cut off.
