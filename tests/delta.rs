@@ -135,33 +135,37 @@ fn a_guest_goes_on_through_a_chain_of_deltas() {
 /// What the new save would follow is damaged: nothing is saved, and the guest counts on.
 fn a_damaged_parent_leaves_the_guest_as_it_was(dir: &TestDir, guest: &str) {
     let of_parent = chunks(&dir.join("a.stow"));
-    let mut damaged: Vec<u64> = chunks(&dir.join("b.stow"))
-        .iter()
-        .filter_map(|entry| match entry.kind {
-            ChunkKind::Patched(twin) => Some(of_parent[usize::try_from(twin.0).unwrap()]),
-            _ => None,
-        })
-        .map(|entry| entry.stored_offset.0 + u64::from(entry.stored_len) / 2)
-        .collect();
-    damaged.sort_unstable();
-    damaged.dedup();
-    let flip = || {
-        for at in &damaged {
-            flip_bit(dir.join("a.stow"), *at, 5);
-        }
-    };
-    flip();
-    let serial = Serial::at(dir.join("guest.serial"));
-    let before = serial.mark();
-    let said = dir.refused(4, &["save", guest, "x.stow", "--parent", "c.stow"]);
-    let is_named = said.contains("the parent is damaged") && said.contains("checksum");
-    assert!(
-        is_named && said.contains("was not saved and runs on"),
-        "{said}"
-    );
-    serial.assert_goes_on(&before);
-    assert!(!dir.join("x.stow").exists());
-    flip();
+    let (mut followed, mut repeated) = (Vec::new(), Vec::new());
+    for entry in chunks(&dir.join("b.stow")) {
+        let (damaged, twin) = match entry.kind {
+            ChunkKind::Patched(twin) => (&mut followed, twin),
+            ChunkKind::Same(twin) => (&mut repeated, twin),
+            _ => continue,
+        };
+        let twin = of_parent[usize::try_from(twin.0).unwrap()];
+        damaged.push(twin.stored_offset.0 + u64::from(twin.stored_len) / 2);
+    }
+    for mut damaged in [followed, repeated] {
+        damaged.sort_unstable();
+        damaged.dedup();
+        let flip = || {
+            for at in &damaged {
+                flip_bit(dir.join("a.stow"), *at, 5);
+            }
+        };
+        flip();
+        let serial = Serial::at(dir.join("guest.serial"));
+        let before = serial.mark();
+        let said = dir.refused(4, &["save", guest, "x.stow", "--parent", "c.stow"]);
+        let is_named = said.contains("the parent is damaged") && said.contains("checksum");
+        assert!(
+            is_named && said.contains("was not saved and runs on"),
+            "{said}"
+        );
+        serial.assert_goes_on(&before);
+        assert!(!dir.join("x.stow").exists());
+        flip();
+    }
 }
 
 fn stock_tools_get_nothing_but_words(dir: &TestDir) {
@@ -464,6 +468,16 @@ fn deltas_that_cannot_be_are_refused() {
         "{said}"
     );
     let said = refused(&["20.stow", "--replace", "--parent", "21.stow"]);
+    assert!(said.contains("would be replaced"), "{said}");
+    let said = refused(&["s3://bucket/x.stow", "--parent", "root.stow"]);
+    assert!(said.contains("full images only"), "{said}");
+    fs::create_dir(dir.join("other")).unwrap();
+    fs::write(dir.join("other/root.stow"), image(0x40)).unwrap();
+    let as_delta = ["--parent", "root.stow", "--as-delta", "--replace"];
+    let said = dir.refused(
+        2,
+        &[&["copy", "other/root.stow", "."], &as_delta[..]].concat(),
+    );
     assert!(said.contains("would be replaced"), "{said}");
     let said = dir.refused(2, &["convert", "20.stow", "x.stow", "--parent", "20.stow"]);
     assert!(said.contains("the same save"), "{said}");

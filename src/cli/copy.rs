@@ -170,7 +170,11 @@ fn delta(args: &CopyArgs, parent: &Location, ui: &Ui) -> Result<(TempDir, Locati
         path: made.clone(),
         source,
     })?;
-    let made = Location::Path(made.join(name));
+    let made = Location::Path(made.join(&name));
+    let target = match args.target.path().filter(|path| path.is_dir()) {
+        Some(directory) => Location::Path(directory.join(&name)),
+        None => args.target.clone(),
+    };
     let request = ConvertRequest {
         target: made.clone(),
         may_replace: false,
@@ -179,7 +183,7 @@ fn delta(args: &CopyArgs, parent: &Location, ui: &Ui) -> Result<(TempDir, Locati
             level: codec::DEFAULT_LEVEL,
             chunk_len: pipeline::DEFAULT_CHUNK_LEN,
             threads: pipeline::default_threads(),
-            twins: open_parent(Some(parent), Layout::Zstd, &args.target, ui)?,
+            twins: open_parent(Some(parent), Layout::Zstd, &target, ui)?,
         },
         key: Some(SigningKey::load_or_create()?),
         is_vouched: false,

@@ -339,6 +339,7 @@ fn parent_advice(error: &ParentError) -> Option<&'static str> {
             "make a full image of one of them with `vmstow convert`, and go on from that"
         }
         ParentError::Layout { .. } => "leave out --layout, or --parent",
+        ParentError::TargetThere { .. } => "leave --parent away, or save into a file",
         ParentError::Replaced { .. } => "give the new image another name",
         ParentError::SameSave => "name an earlier image as the parent",
         ParentError::Pipe => "name a file as the parent",
@@ -458,7 +459,11 @@ fn container_advice(error: &ContainerError, image: &str) -> Option<String> {
 fn move_advice(error: &MoveError) -> Option<String> {
     Some(match error {
         MoveError::NotMoved { why, .. } => return advice(why, None),
-        MoveError::Unknown { .. } => "run the same command again: it asks the other host, and settles it".to_owned(),
+        MoveError::Unknown { .. } => {
+            "run the same command again: it asks the other host, and settles it; if that is gone for good, and the guest \
+             with it, `vmstow move GUEST --settle --stays-here`"
+                .to_owned()
+        }
         MoveError::Lost { .. } => {
             "look there what became of it; then let it run on here (QMP cont), or end it (`vmstow stop`)".to_owned()
         }

@@ -59,6 +59,10 @@ pub struct MoveArgs {
     #[arg(long, conflicts_with = "host")]
     settle: bool,
 
+    /// With --settle: let the guest run on here without asking the other host. Only you know then that it does not run there
+    #[arg(long, requires = "settle")]
+    stays_here: bool,
+
     /// Keep the image on the other host, as this file
     #[arg(long, value_name = "PATH", conflicts_with = "stream")]
     image: Option<PathBuf>,
@@ -132,7 +136,7 @@ pub fn run(args: MoveArgs, ui: &Ui) -> Outcome {
         program: this_program()?,
     };
     let Some(host) = args.host.filter(|_| !args.settle) else {
-        let (name, report) = relocate::settle_move(&saving, ui)?;
+        let (name, report) = relocate::settle_move(&saving, args.stays_here, ui)?;
         match report {
             Some(report) => ui.answer(&report, moved)?,
             None => ui.answer(

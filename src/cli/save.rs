@@ -17,6 +17,7 @@ use crate::host::keys::SigningKey;
 use crate::image::{Parent, ParentError};
 use crate::pipeline::{self, Encoding, Twins};
 use crate::progress::Progress;
+use crate::relocate;
 use crate::save::{self, Capture, Live, Plan, PlanReport, SaveReport, SaveRequest, Source, Then};
 use crate::store::{Location, StoreError};
 use crate::units::human_bytes;
@@ -208,6 +209,7 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
         plan.judge(&request).about(&args.image)?;
         return Ok(ExitCode::SUCCESS);
     }
+    relocate::refuse_unsettled(&request)?;
     if args_resume_writes(&request) {
         ui.warn("the guest runs on and its disks go on changing: the image fits them only as they are at this moment");
     }

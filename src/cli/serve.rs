@@ -42,6 +42,7 @@ pub fn run(_args: &ServeArgs) -> Outcome {
     let name = "the other side".to_owned();
     let input = FromClient(File::from(input));
     let peer = Peer::greet(name, input, File::from(output), None)?;
+    peer.show_life()?;
     let reception = Reception {
         request: &request,
         program: this_program()?,

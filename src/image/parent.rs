@@ -4,6 +4,7 @@
 //! when the delta was written, then among all images there. What decides is UUID and image digest; a name is only a hint, and
 //! never leads out of these directories. A parent that is a delta is looked for together with its own.
 
+use std::collections::HashSet;
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
@@ -55,6 +56,12 @@ pub enum ParentError {
         /// The parent, or one of its own.
         what: String,
     },
+    /// Where the delta is to go nobody would find its parent beside it.
+    #[error("{there}: object stores and registries take full images only")]
+    TargetThere {
+        /// Where.
+        there: String,
+    },
     /// Of the same save the parent cannot be made a delta.
     #[error("it is the same save as its parent")]
     SameSave,
@@ -73,6 +80,7 @@ impl Blame for ParentError {
             ParentError::Missing { .. } | ParentError::TooLong { .. } => ErrorKind::Image,
             ParentError::Layout { .. }
             | ParentError::Replaced { .. }
+            | ParentError::TargetThere { .. }
             | ParentError::SameSave
             | ParentError::Pipe => ErrorKind::Usage,
         }
@@ -98,7 +106,7 @@ pub struct FoundParents {
 /// Looks for the parents of `image`, which lies at `location`, and gives them to it.
 pub fn find_parents<R: ReadAt>(image: &mut Image<R>, location: &Location) -> FoundParents {
     let mut seen = vec![image.identity().image_uuid];
-    match attach(image, location, &mut seen) {
+    match attach(image, location, &mut seen, &mut HashSet::new()) {
         Ok(places) => FoundParents { places, lack: None },
         Err(lack) => FoundParents {
             places: Vec::new(),
@@ -107,11 +115,13 @@ pub fn find_parents<R: ReadAt>(image: &mut Image<R>, location: &Location) -> Fou
     }
 }
 
-/// Gives `image` its parent, if it is a delta; gives where that and its own parents lie.
+/// Gives `image` its parent, if it is a delta; gives where that and its own parents lie. Images whose own parents
+/// were looked for in vain are `hopeless`, each with its directory, which they were looked for in: another file there is not tried.
 fn attach<R: ReadAt>(
     image: &mut Image<R>,
     location: &Location,
     seen: &mut Vec<Uuid>,
+    hopeless: &mut HashSet<(Uuid, Option<PathBuf>)>,
 ) -> Result<Vec<Location>, ParentError> {
     let Some(parent) = image.parent_id() else {
         return Ok(Vec::new());
@@ -131,9 +141,13 @@ fn attach<R: ReadAt>(
         let Some(mut opened) = search.look_at(&place) else {
             continue;
         };
+        let directory = place.path().and_then(Path::parent).map(Path::to_owned);
+        let candidate = (parent.image_uuid, directory);
+        if hopeless.contains(&candidate) {
+            continue;
+        }
         let mut seen = seen.clone();
-        // Another file may hold the same image, and have its parents.
-        match attach(&mut opened, &place, &mut seen) {
+        match attach(&mut opened, &place, &mut seen, hopeless) {
             Ok(above) => match image.set_parent(Arc::new(opened)) {
                 Ok(()) => return Ok(std::iter::once(place).chain(above).collect()),
                 Err(_) => {
@@ -142,7 +156,10 @@ fn attach<R: ReadAt>(
                     })
                 }
             },
-            Err(error) => lack = lack.or(Some(error)),
+            Err(error) => {
+                hopeless.insert(candidate);
+                lack = lack.or(Some(error));
+            }
         }
     }
     Err(lack.unwrap_or(ParentError::Missing {
@@ -279,6 +296,10 @@ impl Parent {
     /// # Errors
     /// [`ParentError`]; what is wrong with the image, or with one of its own parents.
     pub fn open(location: &Location, target: &Location) -> Result<Self> {
+        if matches!(target, Location::Object(_) | Location::Registry(_)) {
+            let there = target.to_string();
+            return Err(ParentError::TargetThere { there }.into());
+        }
         let mut image = match open(location, None) {
             Ok(image) => image,
             Err(error) => return Err(better(error, location)),

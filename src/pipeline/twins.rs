@@ -27,6 +27,9 @@ pub enum Content<'a> {
     Other,
 }
 
+/// So many pages at a place: their number, and a chunk.
+type Granule = (u64, u32);
+
 /// A parent of new deltas, ready to be asked. Any thread may ask.
 #[derive(Debug)]
 pub struct Twins {
@@ -34,8 +37,8 @@ pub struct Twins {
     name: Option<String>,
     /// The beginning of each chunk's digest and its number, in order.
     by_digest: Vec<(u64, u32)>,
-    /// For each RAMBlock and each granule of it the chunk with the first page that is not zero.
-    by_place: HashMap<String, Vec<Option<u32>>>,
+    /// For each RAMBlock those of its granules that are not zero, in order, each with the chunk of the first page that is not.
+    by_place: HashMap<String, Vec<Granule>>,
     device_state: Option<u32>,
 }
 
@@ -110,8 +113,8 @@ impl Twins {
                 let region_pages = (chunk_len / PAGE_LEN).max(1) as u64;
                 let end = first_page - first_page % region_pages + region_pages;
                 let range = first_page / GRANULE_PAGES..end.div_ceil(GRANULE_PAGES);
-                let start = usize::try_from(range.start).ok()?;
-                let end = usize::try_from(range.end).ok()?.min(granules.len());
+                let start = granules.partition_point(|(number, _)| *number < range.start);
+                let end = granules.partition_point(|(number, _)| *number < range.end);
                 most_of(granules.get(start..end)?)
             }
             Content::DeviceState => self.device_state,
@@ -122,14 +125,14 @@ impl Twins {
 }
 
 /// The chunk that has most of these granules, the first of several: QEMU's migration cuts a region in two where its time is over.
-fn most_of(granules: &[Option<u32>]) -> Option<u32> {
-    let runs = granules.chunk_by(|before, next| before == next);
+fn most_of(granules: &[Granule]) -> Option<u32> {
+    let goes_on = |before: &Granule, next: &Granule| (before.0 + 1, before.1) == *next;
     let mut most: Option<(usize, u32)> = None;
-    for run in runs {
-        if let Some(chunk) = run.first().copied().flatten()
+    for run in granules.chunk_by(goes_on) {
+        if let Some((_, chunk)) = run.first()
             && most.is_none_or(|(len, _)| run.len() > len)
         {
-            most = Some((run.len(), chunk));
+            most = Some((run.len(), *chunk));
         }
     }
     most.map(|(_, chunk)| chunk)
@@ -141,23 +144,23 @@ fn beginning(digest: &Digest) -> u64 {
     first.first().map_or(0, |first| u64::from_be_bytes(*first))
 }
 
-fn places(page_map: &PageMap) -> HashMap<String, Vec<Option<u32>>> {
+/// Memory for data only: a map may speak of any length of zeros.
+fn places(page_map: &PageMap) -> HashMap<String, Vec<Granule>> {
     let blocks = page_map.blocks().iter().enumerate();
     let of_blocks = blocks.map(|(index, block)| {
-        let mut granules = Vec::new();
+        let mut granules: Vec<Granule> = Vec::new();
         for pages in page_map.data_spans(index) {
             let mut page = pages.start.0;
             while page < pages.end.0 {
-                let granule = usize::try_from(page / GRANULE_PAGES).unwrap_or(usize::MAX);
-                if granules.len() <= granule {
-                    granules.resize(granule + 1, None);
-                }
-                if let (None, Some(PageLocation::Data { chunk, .. })) =
-                    (granules[granule], page_map.locate(index, PageIndex(page)))
+                let number = page / GRANULE_PAGES;
+                let is_new = granules.last().is_none_or(|(last, _)| *last < number);
+                if let (true, Some(PageLocation::Data { chunk, .. })) =
+                    (is_new, page_map.locate(index, PageIndex(page)))
+                    && let Ok(chunk) = u32::try_from(chunk.0)
                 {
-                    granules[granule] = u32::try_from(chunk.0).ok();
+                    granules.push((number, chunk));
                 }
-                page = (page / GRANULE_PAGES + 1) * GRANULE_PAGES;
+                page = (number + 1) * GRANULE_PAGES;
             }
         }
         (block.idstr.clone(), granules)
@@ -207,8 +210,8 @@ mod tests {
     #[test]
     fn of_a_region_in_two_chunks_the_longer_one_is_taken() {
         assert_eq!(most_of(&[]), None);
-        assert_eq!(most_of(&[None, None]), None);
-        assert_eq!(most_of(&[Some(3), None, Some(4), Some(4)]), Some(4));
-        assert_eq!(most_of(&[Some(3), Some(3), Some(4), Some(4)]), Some(3));
+        assert_eq!(most_of(&[(0, 3), (2, 4), (3, 4)]), Some(4));
+        assert_eq!(most_of(&[(0, 3), (1, 3), (2, 4), (3, 4)]), Some(3));
+        assert_eq!(most_of(&[(0, 3), (2, 3), (3, 4), (4, 4)]), Some(4));
     }
 }

@@ -47,8 +47,8 @@ const KILL_TAKES: Duration = Duration::from_secs(10);
 const LOOKS: u32 = 4;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
-/// Records of moves that came to nothing are removed when they are this old; images of moves that have none, which nobody
-/// sends any more, much earlier.
+/// Records of moves that came to nothing, and images, are removed when they are this old; images of moves that have no record,
+/// which nobody sends any more, much earlier. That GO was heard is forgotten only when the other side says that it may be.
 const OLD: Duration = Duration::from_secs(7 * 24 * 3600);
 const UNSENT: Duration = Duration::from_secs(600);
 
@@ -165,14 +165,22 @@ impl Arrivals {
         Ok((watch, ours))
     }
 
-    /// The name of the guest of a move, if it was let run here.
+    /// The name of the guest of a move that was let run here and still does; `None` of one that has ended, or whose move is over.
     ///
     /// # Errors
-    /// What the file system says.
+    /// [`MoveError::Refused`] of one that was not let run; what the file system says.
     pub fn runs(&self, id: Uuid) -> Result<Option<String>> {
-        let record = self.read(id)?;
-        let record = record.filter(|record| record.state == State::Runs);
-        Ok(record.and_then(|record| Some(record.guest?.name)))
+        let Some(record) = self.read(id)? else {
+            return Ok(None);
+        };
+        match (record.state, record.guest) {
+            // That it runs could not be written down, if it only says that GO was heard.
+            (State::Runs | State::Heard, Some(guest)) => {
+                let is_there = record.boot_id == boot_id() && guest.qemu.is_alive();
+                Ok(is_there.then_some(guest.name))
+            }
+            _ => Err(MoveError::Refused { id }.into()),
+        }
     }
 
     /// Says what became of a move, after doing what is left of it: who asks takes the answer for the last word.
@@ -195,7 +203,7 @@ impl Arrivals {
                 Became::Refused
             }
             Some(record) if !is_now(&record) => Became::Lost,
-            Some(record) if record.state == State::Heard => self.let_run(id, &record)?,
+            Some(record) if record.state == State::Heard => self.let_run_again(id, &record)?,
             Some(record) => match record.guest {
                 Some(guest) => Became::Runs(guest.runs("running")),
                 None => Became::Lost,
@@ -203,41 +211,53 @@ impl Arrivals {
         })
     }
 
-    /// Lets a guest run of which GO was heard just now, and writes down what came of it. If that is not known the guest is
-    /// ended: it must not run while somebody decides where it shall.
-    fn let_run_first(&self, id: Uuid, record: &Record) -> Result<Became> {
-        match self.let_run(id, record) {
-            Err(_) => {
-                let _ = end_held(id);
-                Ok(Became::Lost)
+    /// Lets a guest run of which GO was heard just now, and writes down what came of it. If it does not run, or that is not
+    /// known, it is ended: it must not run while somebody decides where it shall.
+    fn let_run_first(&self, id: Uuid, record: &Record) -> Became {
+        let Some(guest) = &record.guest else {
+            return Became::Lost;
+        };
+        match cont(guest, false) {
+            Ok(state) => self.note_that_it_runs(id, record, guest, &state),
+            Err(error) => {
+                let never_ran = matches!(
+                    error,
+                    NotLetRun::NeverAsked(_) | NotLetRun::Asked(QmpError::Refused { .. })
+                );
+                let ended = end_held(id);
+                let noted = ended.and_then(|()| self.write(id, &record.in_state(State::Refused)));
+                match never_ran && noted.is_ok() {
+                    true => Became::Refused,
+                    false => Became::Lost,
+                }
             }
-            became => became,
         }
     }
 
-    /// Lets a guest run of which GO was heard, if it does not, and writes down what came of it.
+    /// Lets a guest run of which GO was heard once, if it stands still, and writes down what came of it. It may have run long
+    /// since: it is neither ended nor called refused.
     ///
     /// # Errors
     /// QEMU does not say whether it runs.
-    fn let_run(&self, id: Uuid, record: &Record) -> Result<Became> {
+    fn let_run_again(&self, id: Uuid, record: &Record) -> Result<Became> {
         let Some(guest) = &record.guest else {
             return Ok(Became::Lost);
         };
-        match cont(guest) {
-            Ok(state) => {
-                // It runs, whether that can be written down or not; who finds `heard` looks once more.
-                let _ = self.write(id, &record.in_state(State::Runs));
-                Ok(Became::Runs(guest.runs(&state)))
+        match cont(guest, true) {
+            Ok(state) => Ok(self.note_that_it_runs(id, record, guest, &state)),
+            Err(NotLetRun::NeverAsked(error) | NotLetRun::Asked(error))
+                if error.is_gone() || !guest.qemu.is_alive() =>
+            {
+                Ok(Became::Lost)
             }
-            Err(QmpError::Refused { .. }) => {
-                // First of all it must not be asked again.
-                end_held(id)?;
-                let _ = self.write(id, &record.in_state(State::Refused));
-                Ok(Became::Refused)
-            }
-            Err(error) if error.is_gone() || !guest.qemu.is_alive() => Ok(Became::Lost),
-            Err(error) => Err(error.into()),
+            Err(NotLetRun::NeverAsked(error) | NotLetRun::Asked(error)) => Err(error.into()),
         }
+    }
+
+    fn note_that_it_runs(&self, id: Uuid, record: &Record, guest: &Guest, state: &str) -> Became {
+        // It runs, whether that can be written down or not; who finds `heard` looks once more.
+        let _ = self.write(id, &record.in_state(State::Runs));
+        Became::Runs(guest.runs(state))
     }
 
     /// Forgets a move that is over, and removes the image that came for it.
@@ -248,8 +268,8 @@ impl Arrivals {
         let _lock = self.lock()?;
         match self.read(id)?.map(|record| record.state) {
             // Somebody works on it.
-            Some(State::Held | State::Heard) => return Ok(()),
-            Some(State::Runs | State::Refused) => self.remove(id)?,
+            Some(State::Held) => return Ok(()),
+            Some(State::Heard | State::Runs | State::Refused) => self.remove(id)?,
             None => {}
         }
         let image = self.image(id);
@@ -280,16 +300,26 @@ impl Arrivals {
             let age = age.map(|time| SystemTime::now().duration_since(time).unwrap_or_default());
             let path = entry.path();
             let limit = match path.extension().and_then(|it| it.to_str()) {
+                Some("json") if self.has_heard(&path) => continue,
                 Some("json") => OLD,
                 // Whoever was killed while writing it; nobody writes now.
                 Some("new") => Duration::ZERO,
                 Some("stow" | "part") if !self.has_record(&path) => UNSENT,
+                Some("stow" | "part") => OLD,
                 _ => continue,
             };
             if age.is_ok_and(|age| age >= limit) {
                 let _ = fs::remove_file(path);
             }
         }
+    }
+
+    /// Whether a record says that GO was heard, or cannot be read.
+    fn has_heard(&self, record: &Path) -> bool {
+        let id = record.file_stem().and_then(|stem| stem.to_str());
+        let record = id.and_then(|id| id.parse().ok()).map(|id| self.read(id));
+        let came_to_nothing = [State::Held, State::Refused];
+        !matches!(record, Some(Ok(Some(record))) if came_to_nothing.contains(&record.state))
     }
 
     /// Whether there is a record of the move whose image this is.
@@ -375,7 +405,7 @@ impl Arrival {
         };
         let record = record.in_state(State::Heard);
         arrivals.write(id, &record)?;
-        arrivals.let_run_first(id, &record)
+        Ok(arrivals.let_run_first(id, &record))
     }
 
     /// The guest will not be let run: nobody asks for it any more.
@@ -418,13 +448,35 @@ impl Guest {
     }
 }
 
-/// Lets a guest run, if it shall; its run state.
-fn cont(guest: &Guest) -> Result<String, QmpError> {
-    let mut qmp = QmpClient::connect(&guest.monitor, ANSWER)?;
-    if guest.shall_run && qmp.query_status()? != RunState::Running {
-        qmp.cont()?;
+/// What QEMU did with the order to let a guest run.
+enum NotLetRun {
+    /// It was not told.
+    NeverAsked(QmpError),
+    /// It was, and failed or said nothing.
+    Asked(QmpError),
+}
+
+/// Lets a guest run, if it shall; its run state. `may_have_run` makes of any state but those of a guest that was loaded the proof
+/// that it did.
+fn cont(guest: &Guest, may_have_run: bool) -> Result<String, NotLetRun> {
+    let connected = QmpClient::connect(&guest.monitor, ANSWER).and_then(|mut qmp| {
+        let state = qmp.query_status()?;
+        Ok((qmp, state))
+    });
+    let (mut qmp, state) = connected.map_err(NotLetRun::NeverAsked)?;
+    let is_as_loaded = match may_have_run {
+        true => matches!(
+            state,
+            RunState::Paused | RunState::Prelaunch | RunState::Suspended
+        ),
+        false => state != RunState::Running,
+    };
+    if !(guest.shall_run && is_as_loaded) {
+        return Ok(state.to_string());
     }
-    Ok(qmp.query_status()?.to_string())
+    let told = qmp.cont().and_then(|()| qmp.query_status());
+    told.map(|state| state.to_string())
+        .map_err(NotLetRun::Asked)
 }
 
 /// Kills the QEMUs that hold a guest for a move, and removes what they left behind.
@@ -482,8 +534,7 @@ fn finish(record: &Path) -> Result<()> {
             arrivals.remove(id)
         }
         Some(record) if record.state == State::Heard => {
-            arrivals.let_run(id, &record)?;
-            Ok(())
+            arrivals.let_run_again(id, &record).map(drop)
         }
         _ => Ok(()),
     }

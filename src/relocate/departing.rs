@@ -108,7 +108,12 @@ impl<'a> Departing<'a> {
         Ok(runs)
     }
 
-    /// What a save's error means for a guest that was to move.
+    /// Whether the guest is known to run there, whatever failed here afterwards.
+    pub fn has_arrived(&self) -> bool {
+        self.runs.is_some()
+    }
+
+    /// What a save's error means for a guest that was to move, and has not arrived.
     pub fn explain(mut self, error: Error) -> Error {
         if let (Some(path), false) = (&self.departure.image, is_unknown(&error)) {
             let _ = std::fs::remove_file(path);
@@ -139,12 +144,20 @@ impl<'a> Departing<'a> {
         }
     }
 
-    fn hand_over(&mut self) -> Result<Runs, NotHandedOver> {
+    /// Has the guest loaded and held there.
+    fn load(&mut self) -> Result<()> {
         match self.image.as_file()? {
-            Some(image) if self.request.way == Way::Lazy => self.load_behind(image)?,
-            Some(image) => self.load_copy(&image)?,
-            None => drop(self.image.finish_stream()?),
+            Some(image) if self.request.way == Way::Lazy => self.load_behind(image),
+            Some(image) => self.load_copy(&image),
+            None => {
+                self.image.finish_stream()?;
+                Ok(())
+            }
         }
+    }
+
+    /// Says GO, and hears what comes of it.
+    fn hand_over(&mut self) -> Result<Runs, NotHandedOver> {
         if self.progress.is_cancelled() {
             return Err(PipelineError::Cancelled.into());
         }
@@ -232,7 +245,7 @@ impl<'a> Departing<'a> {
     }
 
     /// By the other side's last word. `why` is what was heard before.
-    fn went(&self, became: Became, why: Option<Error>) -> Result<Runs, NotHandedOver> {
+    fn went(&mut self, became: Became, why: Option<Error>) -> Result<Runs, NotHandedOver> {
         let (guest, host) = (self.departure.guest.clone(), self.host.name().to_owned());
         match became {
             Became::Runs(runs) => Ok(runs),
@@ -245,12 +258,16 @@ impl<'a> Departing<'a> {
         }
     }
 
-    /// By the other side's word it is not there: the record goes, and the guest stays.
-    fn not_there(&self, why: Error) -> NotHandedOver {
-        match self.departure.forget() {
-            Ok(()) => NotHandedOver::Before(why),
+    /// By the other side's word it is not there: the record loses its name, and the guest stays. The file goes when the guest
+    /// runs on: until then whoever looks after the save knows by it that there is something to undo.
+    fn not_there(&mut self, why: Error) -> NotHandedOver {
+        match self.record.as_mut().map(FileSink::take_back) {
+            Some(Ok(())) | None => NotHandedOver::Before(why),
             // With the record there nobody lets it run: the next move settles it.
-            Err(error) => NotHandedOver::Unknown(error),
+            Some(Err(source)) => {
+                let (act, path) = ("remove", self.departure.record_path().unwrap_or_default());
+                NotHandedOver::Unknown(MoveError::Record { act, path, source }.into())
+            }
         }
     }
 }
@@ -284,8 +301,12 @@ impl Sink for Departing<'_> {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        // What counts is what arrives.
-        Ok(())
+        // What counts is what arrives there. It may take long: afterwards it is looked once more whether the guest stood still.
+        self.load().map_err(|error| {
+            let told = io::Error::other(error.to_string());
+            self.why = Some(error);
+            told
+        })
     }
 
     fn publish(&mut self) -> Result<(), PublishError> {

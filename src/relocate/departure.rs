@@ -72,6 +72,14 @@ impl Departure {
         Ok(departure)
     }
 
+    /// Whether there is a record of any move from here.
+    pub fn is_any() -> bool {
+        let directory = Lasting::find().map(|lasting| lasting.moves());
+        let entries = directory.ok().and_then(|path| fs::read_dir(path).ok());
+        let mut entries = entries.into_iter().flatten().flatten();
+        entries.any(|entry| entry.path().extension() == Some("json".as_ref()))
+    }
+
     /// The move of this process that was cut off behind GO.
     ///
     /// # Errors

@@ -39,6 +39,14 @@ pub enum MoveError {
         /// Where it went.
         host: String,
     },
+    /// It was not let run there, and its QEMU here has ended.
+    #[error("{guest} does not run on {host}, and its QEMU here has ended")]
+    Nowhere {
+        /// Its name.
+        guest: String,
+        /// Where it was to go.
+        host: String,
+    },
     /// The other side loaded it, and then could not let it run.
     #[error("{host} could not let it run")]
     NotLetRun {
@@ -141,6 +149,7 @@ impl Blame for MoveError {
             MoveError::NotMoved { why, .. } => why.kind(),
             MoveError::Unknown { .. }
             | MoveError::Lost { .. }
+            | MoveError::Nowhere { .. }
             | MoveError::Unserved { .. }
             | MoveError::NotLetRun { .. }
             | MoveError::Refused { .. } => ErrorKind::Remote,

@@ -156,7 +156,9 @@ pub fn move_guest(request: &MoveRequest, progress: &dyn Progress) -> Result<Move
     let mut departing = Departing::new(request, host, departure, prepared.place, progress)?;
     let saved = save::hand_over(plan, &request.saving, &record, &mut departing, progress);
     let saved = match saved {
-        Ok(saved) => saved,
+        Ok(saved) => Some(saved),
+        // It runs there, whatever QEMU here did not do any more.
+        Err(_) if departing.has_arrived() => None,
         Err(error) => return Err(departing.explain(error)),
     };
     let runs = departing.finish()?;
@@ -166,23 +168,29 @@ pub fn move_guest(request: &MoveRequest, progress: &dyn Progress) -> Result<Move
         name_there: runs.name,
         state: runs.state,
         image: request.image.clone(),
-        sent: Some(sent(request.way, &saved, begin)),
+        sent: saved.map(|saved| sent(request.way, &saved, begin)),
         warnings: prepared.warnings,
     })
 }
 
-/// Settles a move of a guest that was cut off, and moves it no further: `None` if it is here, as it was.
+/// Settles a move of a guest that was cut off, and moves it no further: `None` if it is here, as it was. With `stays_here` the
+/// other side is not asked: the guest does not run there.
 ///
 /// # Errors
 /// [`MoveError::NothingToSettle`]; what keeps it from being settled.
 pub fn settle_move(
     source: &SaveRequest,
+    stays_here: bool,
     progress: &dyn Progress,
 ) -> Result<(String, Option<MoveReport>)> {
     let (name, earlier) = earlier_move(source)?;
     let Some(departure) = earlier else {
         return Err(MoveError::NothingToSettle { guest: name }.into());
     };
+    if stays_here {
+        settle::take_back(&departure)?;
+        return Ok((name, None));
+    }
     let host = departure.location()?;
     Ok(match settle::settle(&departure, progress)? {
         Settled::Moved(runs) => (name, Some(settled(departure, runs, &host))),
@@ -196,6 +204,24 @@ pub fn settle_move(
 /// What keeps its record from being read.
 pub fn unsettled(process: ProcessId) -> Result<Option<String>> {
     Ok(Departure::of(process)?.map(|departure| departure.names().1))
+}
+
+/// Refuses a guest whose move is not settled: nobody else shall save it or let it run.
+///
+/// # Errors
+/// [`MoveError::Unsettled`]; what keeps it from being found out.
+pub fn refuse_unsettled(saving: &SaveRequest) -> Result<()> {
+    if !Departure::is_any() {
+        return Ok(());
+    }
+    let seen = Plan::look(saving)?;
+    match Departure::of(seen.process())? {
+        Some(departure) => {
+            let (guest, host) = departure.names();
+            Err(MoveError::Unsettled { guest, host }.into())
+        }
+        None => Ok(()),
+    }
 }
 
 /// The guest's name, and the move of it that was cut off.

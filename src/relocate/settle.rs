@@ -60,9 +60,19 @@ pub fn settle(departure: &Departure, progress: &dyn Progress) -> Result<Settled>
             departure.forget()?;
             Ok(Settled::TakenBack)
         }
-        Became::Lost => Err(MoveError::Lost { guest, host }.into()),
+        Became::Lost => {
+            if !departure.qemu.is_alive() {
+                // There is nothing left to decide.
+                departure.forget()?;
+            }
+            Err(MoveError::Lost { guest, host }.into())
+        }
+        Became::Refused if !departure.qemu.is_alive() => {
+            departure.forget()?;
+            Err(MoveError::Nowhere { guest, host }.into())
+        }
         Became::Refused => {
-            put_back(departure).map_err(|why| MoveError::NotPutBack { guest, host, why })?;
+            take_back(departure)?;
             let nothing: &[u8] = &[];
             let _ = connection.end(departure.id, &nothing, progress);
             Ok(Settled::TakenBack)
@@ -80,6 +90,17 @@ pub fn settle(departure: &Departure, progress: &dyn Progress) -> Result<Settled>
             Ok(Settled::Moved(runs))
         }
     }
+}
+
+/// Lets the guest run on here as it did before, and forgets the move.
+///
+/// # Errors
+/// [`MoveError::NotPutBack`].
+pub fn take_back(departure: &Departure) -> Result<()> {
+    put_back(departure).map_err(|why| {
+        let (guest, host) = departure.names();
+        MoveError::NotPutBack { guest, host, why }.into()
+    })
 }
 
 /// Ends the guest's QEMU here, and waits until it is gone.

@@ -298,6 +298,16 @@ impl FileSink {
         &self.temporary
     }
 
+    /// Takes the name away again from a published file, which goes back to its temporary one.
+    ///
+    /// # Errors
+    /// What the file system says; the file has its name then.
+    pub fn take_back(&mut self) -> io::Result<()> {
+        rename(&self.target, &self.temporary, false)?;
+        self.is_published = false;
+        sync_names(&self.directory)
+    }
+
     /// Which file it is, under either name.
     pub fn identity(&self) -> FileIdentity {
         self.identity

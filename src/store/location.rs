@@ -255,7 +255,7 @@ impl fmt::Display for Location {
             Location::Pipe => f.write_str("-"),
             Location::Ssh(there) => there.fmt(f),
             Location::Object(there) => write!(f, "s3://{}/{}", there.bucket, there.key),
-            Location::Web(url) => f.write_str(url),
+            Location::Web(url) => f.write_str(&without_password(url)),
             Location::Peer(path) => write!(f, "peer://{}", path.display()),
             Location::Registry(there) => write!(
                 f,
@@ -264,6 +264,17 @@ impl fmt::Display for Location {
             ),
         }
     }
+}
+
+/// An address as people may see it.
+fn without_password(url: &str) -> String {
+    let parts = url.split_once("://").and_then(|(scheme, rest)| {
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let (user, host) = rest[..end].rsplit_once('@')?;
+        let (name, _) = user.split_once(':')?;
+        Some(format!("{scheme}://{name}@{host}{}", &rest[end..]))
+    });
+    parts.unwrap_or_else(|| url.to_owned())
 }
 
 #[cfg(test)]
@@ -364,6 +375,21 @@ mod tests {
             "ssh://[::1/x",
         ] {
             assert!(text.parse::<Location>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_password_is_not_shown() {
+        for (text, shown) in [
+            (
+                "https://me:se@cret@host:8/x?a=b@c:d",
+                "https://me@host:8/x?a=b@c:d",
+            ),
+            ("http://me@host/x", "http://me@host/x"),
+            ("http://host/a:b@c", "http://host/a:b@c"),
+        ] {
+            let location: Location = text.parse().unwrap();
+            assert_eq!(location.to_string(), shown);
         }
     }
 }

@@ -54,6 +54,11 @@ impl PartFile {
             Err(Errno::WOULDBLOCK) => return Err(StoreError::BeingMade { path }),
             Err(errno) => return Err(lock_failed(path, errno)),
         }
+        // Whoever had it locked may have given it its name meanwhile.
+        let own = FileIdentity::of(&file.metadata().map_err(failed("open"))?);
+        if FileIdentity::at(&path) != Some(own) {
+            return Err(StoreError::BeingMade { path });
+        }
         Ok(PartFile {
             file,
             directory,

@@ -157,6 +157,10 @@ pub fn serve(peer: Peer, orders: &dyn Orders) -> Result<()> {
         if let Err(error) = outcome {
             match error.downcast_ref() {
                 Some(RemoteError::Ended { .. }) => return Ok(()),
+                Some(RemoteError::BrokenRule { .. }) => {
+                    peer.refuse(number, &error)?;
+                    return Err(error);
+                }
                 _ => peer.refuse(number, &error)?,
             }
         }

@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pipeline::{self, Departure, PipelineError};
 use crate::progress::Progress;
 use crate::rate::RateLimit;
-use crate::store::object::{Bucket, MOST_PARTS, Part, PartDigest, Upload};
+use crate::store::object::{Bucket, MOST_PARTS, Part, PartDigest, Upload, may_pass_later};
 use crate::store::web::WebError;
 use crate::store::{AnyFile, ObjectLocation};
 use crate::transfer::TransferError;
@@ -69,7 +69,9 @@ pub fn upload(
     let mut outcome = sending.send(&image, part_len);
     if was_resumed && outcome.as_ref().is_err_and(is_refusal) && !progress.is_cancelled() {
         // The store kept parts and takes no more of them.
-        sending.upload().abort()?;
+        if sending.begun.is_noted {
+            sending.upload().abort()?;
+        }
         sending = sender(Unfinished::begin(&bucket, &notes)?);
         progress.begin("copying", Some(image.len()));
         outcome = sending.send(&image, part_len);
@@ -80,9 +82,15 @@ pub fn upload(
     }
     let published = outcome.and_then(|()| sending.publish(image.len(), request));
     if let Err(error) = published {
-        if is_final(&error) || source.failure().is_some() {
-            let _ = sending.upload().abort();
-            notes.forget();
+        if is_final(&error) || source.failure().is_some_and(|why| is_gone(&why)) {
+            match sending.upload().abort() {
+                Ok(()) => notes.forget(),
+                Err(_) => progress.warn(&format!(
+                    "the store keeps the parts of an upload that nobody goes on with, {} of {}",
+                    sending.begun.id,
+                    bucket.there()
+                )),
+            }
         }
         return Err(error);
     }
@@ -131,10 +139,20 @@ fn is_final(error: &Error) -> bool {
     exists || error.kind() == ErrorKind::Image
 }
 
+/// Whether what is copied is not there any more, or not the same.
+fn is_gone(why: &Error) -> bool {
+    matches!(
+        why.downcast_ref(),
+        Some(WebError::Vanished { .. } | WebError::Changed { .. })
+    )
+}
+
 /// Whether the store does not take a part.
 fn is_refusal(error: &Error) -> bool {
     match error.downcast_ref() {
-        Some(WebError::Status { status, .. }) => (400..500).contains(status),
+        Some(WebError::Status { status, words, .. }) => {
+            (400..500).contains(status) && !may_pass_later(*status, words)
+        }
         Some(WebError::UploadEnded { .. } | WebError::Missing { .. }) => true,
         _ => false,
     }
@@ -143,6 +161,8 @@ fn is_refusal(error: &Error) -> bool {
 /// An upload and the parts that the store has of it.
 struct Unfinished {
     id: String,
+    /// Whether it was begun from here: others' may be under way.
+    is_noted: bool,
     parts: HashMap<u32, Part>,
     /// MD5s that the store acknowledged, of parts that it lists without.
     noted: HashMap<u32, String>,
@@ -154,6 +174,7 @@ impl Unfinished {
         notes.begin(&id);
         Ok(Unfinished {
             id,
+            is_noted: true,
             parts: HashMap::new(),
             noted: HashMap::new(),
         })
@@ -193,6 +214,7 @@ fn find_unfinished<S: ReadAt>(
         let parts = parts.into_iter().map(|part| (part.number, part));
         let found = Unfinished {
             id,
+            is_noted: is_ours,
             parts: parts.collect(),
             noted: noted.clone().filter(|_| is_ours).unwrap_or_default(),
         };
@@ -266,20 +288,27 @@ impl<'a> Sender<'a> {
     /// Brings every part there that is not there already.
     fn send<S: ReadAt>(&self, image: &Image<S>, part_len: u64) -> Result<()> {
         let threads = usize::try_from(IN_FLIGHT / part_len).unwrap_or(1).max(1);
+        // The others fail because it is over; only the first error tells why.
+        let first = Mutex::new(None);
         let give = |index: u64, bytes: &[u8]| {
             let number = u32::try_from(index + 1).unwrap_or(u32::MAX);
-            let given = self.give(number, bytes);
-            if given.is_err() {
-                self.is_over.store(true, Ordering::Relaxed);
-            }
-            Ok(given?)
+            self.give(number, bytes).map_err(|error| {
+                if !self.is_over.swap(true, Ordering::Relaxed) {
+                    *first.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                }
+                PipelineError::Cancelled.into()
+            })
         };
         let departure = Departure {
             part_len,
             threads,
             give: &give,
         };
-        pipeline::depart(image, &departure, self.progress)
+        let departed = pipeline::depart(image, &departure, self.progress);
+        match first.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error.into()),
+            None => departed,
+        }
     }
 
     fn give(&self, number: u32, bytes: &[u8]) -> Result<(), WebError> {
@@ -332,7 +361,11 @@ impl<'a> Sender<'a> {
                     Err(error.into())
                 };
             }
-            Err(error @ (WebError::Broken { .. } | WebError::Unreachable { .. })) => {
+            Err(
+                error @ (WebError::Broken { .. }
+                | WebError::Unreachable { .. }
+                | WebError::Status { status: 500.., .. }),
+            ) => {
                 let has_ended = matches!(self.upload().parts(), Ok(None));
                 return match has_ended && is_there() {
                     true => Ok(()),
@@ -374,6 +407,7 @@ mod tests {
             etag: etag.map(str::to_owned),
         };
         let unfinished = Unfinished {
+            is_noted: true,
             id: "x".to_owned(),
             parts: [part(1, Some("aa")), part(2, None), part(3, None)]
                 .map(|part| (part.number, part))

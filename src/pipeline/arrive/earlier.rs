@@ -109,11 +109,11 @@ type Sorted = (Vec<Guess>, Vec<ChunkEntry>);
 impl<S: ReadAt, R: ReadAt> Worker<'_, S, R> {
     /// Copies chunks that the earlier image has. What is not as its table says is read from the source.
     pub fn copy(&mut self, pairs: &[(ChunkEntry, ChunkEntry)]) -> Result<(), PipelineError> {
-        let mut at_hand = Vec::new();
+        let (mut at_hand, mut others) = (Vec::new(), Vec::new());
         for (entry, before) in pairs {
             match is_stored_so(before, entry) && self.load_stored(at_hand.as_slice(), before) {
                 true => at_hand.push(*entry),
-                false => self.store_again(entry, before)?,
+                false => others.push((entry, before)),
             }
         }
         let is_right = self.bench.check(self.table.image(), &at_hand).is_ok();
@@ -125,10 +125,13 @@ impl<S: ReadAt, R: ReadAt> Worker<'_, S, R> {
             }
             begin = end;
         }
-        match is_right {
-            true => Ok(()),
-            false => at_hand.iter().try_for_each(|entry| self.read(&[*entry])),
+        if !is_right {
+            let mut at_hand = at_hand.iter();
+            at_hand.try_for_each(|entry| self.read(&[*entry]))?;
         }
+        // These use the buffers of what was at hand.
+        let mut others = others.into_iter();
+        others.try_for_each(|(entry, before)| self.store_again(entry, before))
     }
 
     /// Puts the stored bytes of a chunk of the earlier image behind those of `at_hand`.

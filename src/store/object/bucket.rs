@@ -24,6 +24,19 @@ pub fn open_object(there: &ObjectLocation) -> Result<RangedFile, WebError> {
     RangedFile::open(Box::new(Bucket::of(there)?))
 }
 
+/// Whether a store that answers so may do better later.
+pub fn may_pass_later(status: u16, words: &Words) -> bool {
+    let codes = [
+        "SlowDown",
+        "RequestTimeout",
+        "InternalError",
+        "ServiceUnavailable",
+        "OperationAborted",
+        "ConditionalRequestConflict",
+    ];
+    may_pass(status) || words.say(&codes)
+}
+
 /// A bucket of a store, and one key in it.
 pub struct Bucket {
     bucket: rusty_s3::Bucket,
@@ -151,19 +164,13 @@ impl Bucket {
 
     /// Whether an error may pass.
     pub(super) fn fault(&self, status: u16, error: WebError) -> Fault {
-        let codes = [
-            "SlowDown",
-            "RequestTimeout",
-            "InternalError",
-            "ServiceUnavailable",
-            "OperationAborted",
-            "ConditionalRequestConflict",
-        ];
-        let says_so = match &error {
-            WebError::Status { words, .. } | WebError::Denied { words, .. } => words.say(&codes),
-            _ => false,
+        let may_pass = match &error {
+            WebError::Status { words, .. } | WebError::Denied { words, .. } => {
+                may_pass_later(status, words)
+            }
+            _ => may_pass(status),
         };
-        match may_pass(status) || says_so {
+        match may_pass {
             true => Fault::Passing(error),
             false => Fault::Final(error),
         }

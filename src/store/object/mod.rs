@@ -9,6 +9,6 @@ mod settings;
 mod sink;
 mod upload;
 
-pub use bucket::{Bucket, open_object};
+pub use bucket::{Bucket, may_pass_later, open_object};
 pub use sink::ObjectSink;
 pub use upload::{MIN_PART_LEN, MOST_PARTS, Part, PartDigest, Upload};

@@ -114,7 +114,9 @@ impl Sink for ObjectSink {
         let may_be_there = match &error {
             // It may have been completed by a try whose answer was lost.
             WebError::UploadEnded { .. } | WebError::Missing { .. } => true,
-            WebError::Broken { .. } | WebError::Unreachable { .. } => {
+            WebError::Broken { .. }
+            | WebError::Unreachable { .. }
+            | WebError::Status { status: 500.., .. } => {
                 !matches!(self.upload().parts(), Ok(Some(_)))
             }
             _ => false,

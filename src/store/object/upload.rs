@@ -3,6 +3,7 @@
 //! An upload outlives who began it. Its parts can be listed, so another one can go on with it. To the store, a part has the
 //! MD5 of its bytes for an ETag where objects are not encrypted with keys of the customer's.
 
+use std::cell::Cell;
 use std::io::Read;
 use std::time::Duration;
 
@@ -269,8 +270,10 @@ impl<'a> Upload<'a> {
         let text = completion(parts.iter().map(|(number, etag)| (*number, etag.as_str())));
         let query = [("uploadId", self.id)];
         let condition = [("if-none-match", "*".to_owned())];
+        let tries = Cell::new(0u32);
         let complete = |headers: &[(&'static str, String)]| {
             persist(true, &|| false, || {
+                tries.set(tries.get() + 1);
                 let mut body = text.as_bytes();
                 let request = Request {
                     query: &query,
@@ -292,9 +295,16 @@ impl<'a> Upload<'a> {
             },
         };
         match outcome {
-            Err(WebError::Status { status: 412, .. }) => Err(self.exists()),
-            Err(WebError::Status { words, .. }) if words.say(&["PreconditionFailed"]) => {
-                Err(self.exists())
+            Err(WebError::Status { status, words, .. })
+                if status == 412 || words.say(&["PreconditionFailed"]) =>
+            {
+                match tries.get() {
+                    1 => Err(self.exists()),
+                    // What is there may be what an earlier try made, whose answer was lost.
+                    _ => Err(WebError::UploadEnded {
+                        there: self.bucket.there().to_owned(),
+                    }),
+                }
             }
             other => other,
         }

@@ -14,7 +14,7 @@ use ureq::config::RedirectAuthHeaders;
 use ureq::http::Response;
 use ureq::http::header::WWW_AUTHENTICATE;
 use ureq::tls::{RootCerts, TlsConfig};
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, ResponseExt};
 
 use super::challenge::{self, Challenge};
 use super::{RegistryError, credentials};
@@ -171,7 +171,8 @@ impl Requests {
                 Ok(response) => {
                     self.was_reached.store(true, Ordering::Relaxed);
                     match response.status().as_u16() {
-                        401 if !was_asked => {
+                        // Whoever else it was sent on to does not learn who we are.
+                        401 if !was_asked && self.is_ours(&response.get_uri().to_string()) => {
                             was_asked = true;
                             self.authenticate(response, header)?;
                             continue;
@@ -346,7 +347,7 @@ fn agent(is_near: bool) -> Agent {
         .http_status_as_error(false)
         .tls_config(roots.build())
         .user_agent(concat!("vmstow/", env!("CARGO_PKG_VERSION")))
-        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+        .redirect_auth_headers(RedirectAuthHeaders::Never)
         .max_idle_connections(IDLE_CONNECTIONS)
         .max_idle_connections_per_host(IDLE_CONNECTIONS)
         .timeout_connect(Some(CONNECT_TIMEOUT))

@@ -21,7 +21,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long a program that we started may take to end once nobody talks to it.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How often a client says that it is there, and how long the other side waits for a word of it; spec §2.
+/// How often each side says that it is there, and how long the other waits for a word of it; spec §2.
 const LIFE_EVERY: Duration = Duration::from_secs(10);
 const PATIENCE: Timespec = Timespec {
     tv_sec: 40,
@@ -59,14 +59,45 @@ pub struct FromClient<I>(pub I);
 
 impl<I: Read + AsFd> Read for FromClient<I> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let mut ready = [PollFd::new(&self.0, PollFlags::IN)];
-            match poll(&mut ready, Some(&PATIENCE)) {
-                Err(Errno::INTR) => {}
-                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
-                Err(error) => return Err(error.into()),
-                Ok(_) => return self.0.read(buf),
-            }
+        wait_for_input(&self.0)?;
+        self.0.read(buf)
+    }
+}
+
+/// The pipe from a server, which is not silent for long once it has said something: until then ssh may be asking for a password.
+pub struct FromServer<I> {
+    input: I,
+    has_spoken: bool,
+}
+
+impl<I> FromServer<I> {
+    /// Nothing is read yet.
+    pub fn new(input: I) -> Self {
+        let has_spoken = false;
+        FromServer { input, has_spoken }
+    }
+}
+
+impl<I: Read + AsFd> Read for FromServer<I> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.has_spoken {
+            wait_for_input(&self.input)?;
+        }
+        let len = self.input.read(buf)?;
+        self.has_spoken = true;
+        Ok(len)
+    }
+}
+
+/// Waits until something can be read, or for as long as the other side may be silent.
+fn wait_for_input(input: &impl AsFd) -> io::Result<()> {
+    loop {
+        let mut ready = [PollFd::new(input, PollFlags::IN)];
+        match poll(&mut ready, Some(&PATIENCE)) {
+            Err(Errno::INTR) => {}
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(error) => return Err(error.into()),
+            Ok(_) => return Ok(()),
         }
     }
 }
@@ -166,7 +197,7 @@ impl Peer {
     ///
     /// # Errors
     /// [`RemoteError::Start`] if there is no thread for it.
-    pub(super) fn show_life(&self) -> Result<(), RemoteError> {
+    pub fn show_life(&self) -> Result<(), RemoteError> {
         let output = Arc::downgrade(&self.output);
         let (name, since) = (self.name.clone(), Instant::now());
         let show = move || {

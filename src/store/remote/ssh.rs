@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use super::peer::widen;
+use super::peer::{FromServer, widen};
 use super::{Peer, RemoteError};
 use crate::store::SshLocation;
 
@@ -73,7 +73,12 @@ impl Peer {
         };
         widen(&input);
         widen(&output);
-        let peer = Peer::greet(there.host.clone(), input, output, Some(child))?;
+        let peer = Peer::greet(
+            there.host.clone(),
+            FromServer::new(input),
+            output,
+            Some(child),
+        )?;
         peer.show_life()?;
         Ok(peer)
     }
