@@ -127,6 +127,12 @@ impl<'a> Departing<'a> {
             // Ctrl-C at a terminal ends ssh as well; that is no lost connection.
             self.why = Some(PipelineError::Cancelled.into());
         }
+        let is_reached = !self.why.as_ref().is_some_and(is_lost);
+        if self.request.way == Way::Copied && is_reached && !is_unknown(&error) {
+            // What arrived of the image is of no use to another move.
+            let nothing: &[u8] = &[];
+            let _ = self.host.end(self.departure.id, &nothing, self.progress);
+        }
         let guest = self.departure.guest.clone();
         match (error.downcast_ref(), self.why.take()) {
             (Some(SaveError::NotSaved { left, .. }), Some(why)) => {

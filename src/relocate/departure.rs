@@ -124,9 +124,7 @@ impl Departure {
                 if departure.image.is_some() {
                     return Ok(Some(departure));
                 }
-                if departure.boot_id == boot_id() {
-                    ended = Some(departure);
-                }
+                ended = Some(departure);
             }
         }
         Ok(ended)
