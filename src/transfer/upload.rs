@@ -125,7 +125,7 @@ fn part_len(len: u64) -> Result<u64, WebError> {
 }
 
 fn refuse_existing(bucket: &Bucket, request: &CopyRequest) -> Result<(), WebError> {
-    match request.may_replace || bucket.object_len()?.is_none() {
+    match request.may_replace || bucket.object()?.is_none() {
         true => Ok(()),
         false => Err(WebError::Exists {
             there: bucket.there().to_owned(),
@@ -344,13 +344,20 @@ impl<'a> Sender<'a> {
     /// where the store knows how.
     fn publish(&self, len: u64, request: &CopyRequest) -> Result<()> {
         refuse_existing(self.bucket, request)?;
+        let before = match request.may_replace {
+            true => self.bucket.object()?,
+            false => None,
+        };
         let mut parts = {
             let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *done)
         };
         parts.sort_by_key(|(number, _)| *number);
         let completed = self.upload().complete(&parts, request.may_replace);
-        let is_there = || matches!(self.bucket.object_len(), Ok(Some(found)) if found == len);
+        let is_there = || {
+            let now = self.bucket.object().ok().flatten();
+            now != before && now.is_some_and(|object| object.len == len)
+        };
         match completed {
             Ok(()) => {}
             // The answer to a completion that was done may have been lost on its way.
@@ -377,8 +384,8 @@ impl<'a> Sender<'a> {
             }
             Err(error) => return Err(error.into()),
         }
-        match self.bucket.object_len() {
-            Ok(Some(found)) if found != len => Err(TransferError::OtherImage {
+        match self.bucket.object() {
+            Ok(Some(found)) if found.len != len => Err(TransferError::OtherImage {
                 peer: self.bucket.server(),
             }
             .into()),

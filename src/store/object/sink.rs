@@ -34,7 +34,7 @@ impl ObjectSink {
     /// [`WebError`].
     pub fn create(there: &ObjectLocation, may_replace: bool) -> Result<Self, WebError> {
         let bucket = Bucket::of(there)?;
-        if !may_replace && bucket.object_len()?.is_some() {
+        if !may_replace && bucket.object()?.is_some() {
             let there = bucket.there().to_owned();
             return Err(WebError::Exists { there });
         }

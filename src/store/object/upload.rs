@@ -45,24 +45,43 @@ pub struct Part {
     pub etag: Option<String>,
 }
 
+/// What a key names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Object {
+    /// Its length.
+    pub len: u64,
+    /// Its ETag and when it was made, as the store has them: another object has others.
+    version: [Option<String>; 2],
+}
+
+impl Object {
+    fn of(answer: &Answer, len: Option<u64>) -> Self {
+        let version = ["etag", "last-modified"];
+        Object {
+            len: len.unwrap_or(0),
+            version: version.map(|name| answer.header(name).map(str::to_owned)),
+        }
+    }
+}
+
 impl Bucket {
-    /// The length of the object; `None` if there is none.
+    /// The object; `None` if there is none.
     ///
     /// # Errors
     /// [`WebError`].
-    pub fn object_len(&self) -> Result<Option<u64>, WebError> {
+    pub fn object(&self) -> Result<Option<Object>, WebError> {
         let head = || self.ask(Method::HEAD, Request::default());
         match persist(false, &|| false, head) {
-            Ok(answer) => Ok(Some(answer.number("content-length").unwrap_or(0))),
+            Ok(answer) => Ok(Some(Object::of(&answer, answer.number("content-length")))),
             // What is missing here may be the bucket; whoever writes next hears of it.
             Err(WebError::Missing { .. }) => Ok(None),
             // Without words, for HEAD has none. What may write need not read.
-            Err(WebError::Denied { .. }) => self.object_len_by_get(),
+            Err(WebError::Denied { .. }) => self.object_by_get(),
             Err(error) => Err(error),
         }
     }
 
-    fn object_len_by_get(&self) -> Result<Option<u64>, WebError> {
+    fn object_by_get(&self) -> Result<Option<Object>, WebError> {
         let headers = [("range", "bytes=0-0".to_owned())];
         let get = || {
             self.ask(
@@ -79,7 +98,7 @@ impl Bucket {
                     let (_, total) = range.rsplit_once('/')?;
                     total.parse().ok()
                 });
-                Ok(Some(total.unwrap_or(0)))
+                Ok(Some(Object::of(&answer, total)))
             }
             Err(WebError::Missing { .. }) => Ok(None),
             Err(error) => Err(error),
