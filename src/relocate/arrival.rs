@@ -220,10 +220,7 @@ impl Arrivals {
         match cont(guest, false) {
             Ok(state) => self.note_that_it_runs(id, record, guest, &state),
             Err(error) => {
-                let never_ran = matches!(
-                    error,
-                    NotLetRun::NeverAsked(_) | NotLetRun::Asked(QmpError::Refused { .. })
-                );
+                let never_ran = matches!(error, NotLetRun::Never(_));
                 let ended = end_held(id);
                 let noted = ended.and_then(|()| self.write(id, &record.in_state(State::Refused)));
                 match never_ran && noted.is_ok() {
@@ -245,12 +242,12 @@ impl Arrivals {
         };
         match cont(guest, true) {
             Ok(state) => Ok(self.note_that_it_runs(id, record, guest, &state)),
-            Err(NotLetRun::NeverAsked(error) | NotLetRun::Asked(error))
+            Err(NotLetRun::Never(error) | NotLetRun::Unknown(error))
                 if error.is_gone() || !guest.qemu.is_alive() =>
             {
                 Ok(Became::Lost)
             }
-            Err(NotLetRun::NeverAsked(error) | NotLetRun::Asked(error)) => Err(error.into()),
+            Err(NotLetRun::Never(error) | NotLetRun::Unknown(error)) => Err(error.into()),
         }
     }
 
@@ -448,12 +445,12 @@ impl Guest {
     }
 }
 
-/// What QEMU did with the order to let a guest run.
+/// Why a guest is not known to run.
 enum NotLetRun {
-    /// It was not told.
-    NeverAsked(QmpError),
-    /// It was, and failed or said nothing.
-    Asked(QmpError),
+    /// QEMU was not told to let it run, or refused.
+    Never(QmpError),
+    /// QEMU was told, and did not say what came of it.
+    Unknown(QmpError),
 }
 
 /// Lets a guest run, if it shall; its run state. `may_have_run` makes of any state but those of a guest that was loaded the proof
@@ -463,7 +460,7 @@ fn cont(guest: &Guest, may_have_run: bool) -> Result<String, NotLetRun> {
         let state = qmp.query_status()?;
         Ok((qmp, state))
     });
-    let (mut qmp, state) = connected.map_err(NotLetRun::NeverAsked)?;
+    let (mut qmp, state) = connected.map_err(NotLetRun::Never)?;
     let is_as_loaded = match may_have_run {
         true => matches!(
             state,
@@ -474,9 +471,12 @@ fn cont(guest: &Guest, may_have_run: bool) -> Result<String, NotLetRun> {
     if !(guest.shall_run && is_as_loaded) {
         return Ok(state.to_string());
     }
-    let told = qmp.cont().and_then(|()| qmp.query_status());
-    told.map(|state| state.to_string())
-        .map_err(NotLetRun::Asked)
+    qmp.cont().map_err(|error| match error {
+        QmpError::Refused { .. } => NotLetRun::Never(error),
+        _ => NotLetRun::Unknown(error),
+    })?;
+    let state = qmp.query_status().map_err(NotLetRun::Unknown)?;
+    Ok(state.to_string())
 }
 
 /// Kills the QEMUs that hold a guest for a move, and removes what they left behind.
