@@ -311,20 +311,28 @@ enum Kill {
     Servers,
 }
 
-/// Ten moves to and fro, in each of which somebody is killed.
+/// Starts a guest by the name of web, which counts.
+fn run_web(host: &Host, dir: &TestDir) -> Serial {
+    let xml = counter_xml(dir, &serial_into(dir, "serial"), "");
+    let xml_file = dir.join("web.xml");
+    std::fs::write(&xml_file, xml).unwrap();
+    host.json(dir, &["run", xml_file.to_str().unwrap(), "--name", "web"]);
+    let serial = Serial::at(dir.join("serial"));
+    serial.wait_for_tick(3);
+    serial
+}
+
+/// Moves to and fro until somebody was killed in ten of them.
 fn moves_although_killed(kill: Kill) {
     let dir = TestDir::new();
     let hosts = TwoHosts::new(&dir);
-    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), "");
-    let xml_file = dir.join("web.xml");
-    std::fs::write(&xml_file, xml).unwrap();
-    let words = ["run", xml_file.to_str().unwrap(), "--name", "web"];
-    hosts.a.json(&dir, &words);
-    let serial = Serial::at(dir.join("serial"));
-    serial.wait_for_tick(3);
+    let serial = run_web(&hosts.a, &dir);
     let (mut from, mut to, mut name) = (&hosts.a, &hosts.b, "b");
     let mut hit = 0;
-    for round in 0..10u64 {
+    for round in 0..40u64 {
+        if hit == 10 {
+            break;
+        }
         let way: &[&str] = if round % 2 == 0 { &["--stream"] } else { &[] };
         let words = [&["move", "web", name], way].concat();
         let mut child = start(from, &dir, &words);
@@ -335,7 +343,7 @@ fn moves_although_killed(kill: Kill) {
                 !from.records("moves").is_empty() || child.try_wait().unwrap().is_some()
             });
         } else {
-            std::thread::sleep(Duration::from_millis(round * 100 - 60));
+            std::thread::sleep(Duration::from_millis(40 + round * 100 % 900));
         }
         let servers = to.servers(&dir);
         hit += u32::from(match kill {
@@ -363,7 +371,7 @@ fn moves_although_killed(kill: Kill) {
         (from, to) = (to, from);
         name = if name == "b" { "a" } else { "b" };
     }
-    assert!(hit > 0, "every kill came too early or too late");
+    assert_eq!(hit, 10, "too many kills came too early or too late");
     for host in [&hosts.a, &hosts.b] {
         assert!(host.records("moves").is_empty());
         // Whoever was killed before it could say that all is over leaves a note that it is.
@@ -423,13 +431,7 @@ fn killed_before_its_end_here(from: &Host, to: &str, dir: &TestDir, then: Signal
 fn a_guest_that_runs_there_ends_here_however_its_mover_was_killed() {
     let dir = TestDir::new();
     let hosts = TwoHosts::new(&dir);
-    let xml = counter_xml(&dir, &serial_into(&dir, "serial"), "");
-    let xml_file = dir.join("web.xml");
-    std::fs::write(&xml_file, xml).unwrap();
-    let words = ["run", xml_file.to_str().unwrap(), "--name", "web"];
-    hosts.a.json(&dir, &words);
-    let serial = Serial::at(dir.join("serial"));
-    serial.wait_for_tick(3);
+    let serial = run_web(&hosts.a, &dir);
     let (mut from, mut to, mut name) = (&hosts.a, &hosts.b, "b");
     let mut caught = 0;
     for _ in 0..10 {
@@ -451,6 +453,9 @@ fn a_guest_that_runs_there_ends_here_however_its_mover_was_killed() {
                 assert!(from.records("moves").is_empty());
                 serial.wait_for_new_line(&before, "a tick", |line| line.starts_with("tick "));
                 from.json(&dir, &["stop", "web"]);
+                // What is over and forgotten is no move.
+                let (said, _) = from.refused(&dir, &["move", "web", name]);
+                assert!(said.contains("no guest named web"), "{said}");
                 return;
             }
             let report = from.json(&dir, &["move", "web", name]);

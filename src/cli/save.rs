@@ -207,6 +207,7 @@ pub fn run(args: SaveArgs, ui: &Ui) -> Outcome {
         let plan = Plan::look(&request).about(&args.image)?;
         ui.answer(plan.report(), dry_run)?;
         plan.judge(&request).about(&args.image)?;
+        relocate::refuse_unsettled(&request)?;
         return Ok(ExitCode::SUCCESS);
     }
     relocate::refuse_unsettled(&request)?;
